@@ -83,9 +83,9 @@ class Unet(nn.Module):
 def normalize(channels: Tensor # real, (B, 2, H, W)
     ) -> tuple[Tensor, Tensor, Tensor]: # normalised channels; mean and standard deviation, (B, 2, 1, 1) each
     "Zero mean and unit standard deviation for each image and channel; an empty channel stays zero."
-    mean = channels.mean(dim=(-2, -1), keepdim=True)
-    variance = channels.var(dim=(-2, -1), keepdim=True)
-    std = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+    pixels = channels.flatten(2)
+    mean, std = pixels.mean(dim=2)[..., None, None], pixels.std(dim=2)[..., None, None]
+    std = std.clamp_min(torch.finfo(std.dtype).tiny)
     return (channels - mean) / std, mean, std
 
 # %% ../../nbs/models/11_unet.ipynb #c026

@@ -104,7 +104,7 @@ class VarNet(nn.Module):
         "The network that a fastMRI VarNet checkpoint describes, sizes inferred; for a plain `VarNet` its map estimator is left out."
         return load_fastmri(cls, state_dict)
 
-# %% ../../nbs/models/13_varnet.ipynb #c019
+# %% ../../nbs/models/13_varnet.ipynb #c025
 def symmetric_centre(mask: Tensor # bool, (B, 1, 1, W) or (B, 1, H, W)
     ) -> Tensor: # bool, (B, 1, 1, W)
     "The symmetric block of fully measured columns around the centre of k-space, as fastMRI's sensitivity model defines it."
@@ -117,9 +117,9 @@ def symmetric_centre(mask: Tensor # bool, (B, 1, 1, W) or (B, 1, H, W)
     index = torch.arange(width, device=mask.device)
     return ((index >= start[:, None]) & (index < (start + num_low)[:, None]))[:, None, None]
 
-# %% ../../nbs/models/13_varnet.ipynb #c022
+# %% ../../nbs/models/13_varnet.ipynb #c028
 class SensitivityModel(nn.Module):
-    "fastMRI's estimator of coil maps: the coil images of the ACS lines, through a U-Net, normalised over coils."
+    "fastMRI's estimator of coil maps: the coil images of the ACS lines, through a U-Net, normalised; raises `ValueError` if the centre was not measured."
     def __init__(self,
         channels: int = 8, # width of the U-Net at full resolution
         num_pools: int = 4): # poolings of the U-Net
@@ -130,13 +130,15 @@ class SensitivityModel(nn.Module):
         y: Tensor, # complex, (B, coils, H, W), zero where not measured
         mask: Tensor # bool, (B, 1, 1, W) or (B, 1, H, W)
         ) -> Tensor: # complex, (B, coils, H, W), Σ|S|² = 1
+        if not bool(mask[..., mask.shape[-1] // 2].all()):
+            raise ValueError(f"E2E-VarNet estimates coil maps from the centre of k-space, but column {mask.shape[-1] // 2} of {mask.shape[-1]} was not measured.")
         images = ifft2c(symmetric_centre(mask) * y)
         maps = self.norm_unet(images.flatten(0, 1).unsqueeze(1)).reshape(y.shape)
         parts = torch.view_as_real(maps)  # summed and divided as real numbers, in fastMRI's order: rounding is the same, too
         rss = parts.square().sum(dim=-1).sum(dim=1, keepdim=True).sqrt()
         return torch.view_as_complex(parts / rss.clamp_min(torch.finfo(rss.dtype).tiny).unsqueeze(-1))
 
-# %% ../../nbs/models/13_varnet.ipynb #c024
+# %% ../../nbs/models/13_varnet.ipynb #c035
 class E2EVarNet(VarNet):
     "End-to-end variational network: `VarNet` with estimated coil maps; 20,119,610 parameters, the maps of `A` are ignored."
     def __init__(self,
@@ -153,7 +155,7 @@ class E2EVarNet(VarNet):
         "The operator with the mask of `A` and the coil maps that the network estimates from `y`."
         return A.with_maps(self.sens_net(y, A.mask))
 
-# %% ../../nbs/models/13_varnet.ipynb #c026
+# %% ../../nbs/models/13_varnet.ipynb #c043
 def plain_state_dict(checkpoint: Mapping # as `torch.load` returns it
     ) -> dict[str, Tensor]: # names as in `E2EVarNet().state_dict()`
     "The weights of the network alone, from a plain state dict or from a Lightning checkpoint."
@@ -163,7 +165,7 @@ def plain_state_dict(checkpoint: Mapping # as `torch.load` returns it
         weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return dict(weights)
 
-# %% ../../nbs/models/13_varnet.ipynb #c028
+# %% ../../nbs/models/13_varnet.ipynb #c045
 def unet_sizes(weights: Mapping[str, Tensor], # plain names
     unet: str # e.g. "cascades.0.model.unet."
     ) -> tuple[int, int]: # channels, num_pools
@@ -171,7 +173,7 @@ def unet_sizes(weights: Mapping[str, Tensor], # plain names
     first = weights[f"{unet}down_sample_layers.0.layers.0.weight"]
     return first.shape[0], sum(name.startswith(f"{unet}down_sample_layers.") and name.endswith(".layers.0.weight") for name in weights)
 
-# %% ../../nbs/models/13_varnet.ipynb #c029
+# %% ../../nbs/models/13_varnet.ipynb #c046
 def fastmri_sizes(weights: Mapping[str, Tensor] # plain names
     ) -> dict[str, int]: # constructor arguments of `E2EVarNet`
     "Sizes of the network that these weights belong to; raises `KeyError` if they do not look like fastMRI's VarNet."
@@ -182,7 +184,7 @@ def fastmri_sizes(weights: Mapping[str, Tensor] # plain names
         sizes["sens_channels"], sizes["sens_num_pools"] = unet_sizes(weights, "sens_net.norm_unet.unet.")
     return sizes
 
-# %% ../../nbs/models/13_varnet.ipynb #c030
+# %% ../../nbs/models/13_varnet.ipynb #c047
 def load_fastmri(cls: type, # `VarNet` or `E2EVarNet`
     checkpoint: Mapping # as `torch.load` returns it
     ) -> nn.Module: # on the CPU

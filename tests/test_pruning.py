@@ -1,0 +1,243 @@
+"""Pruning: the paper's parameter counts, eq. 6 by hand, independence of teacher, batch and other prunings, and bad input."""
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spade.models import DEQ, E2EVarNet, VarNet
+from spade.operators import MultiCoilMRI
+from spade.pruning import count_macs, count_parameters, prune, randomize, width_after
+
+RATIOS = (0.05, 0.10, 0.20, 0.40)
+COUNTS = {DEQ: (999_428, 878_644, 793_159, 635_311, 353_328),
+          VarNet: (19_634_712, 17_567_216, 15_772_920, 12_477_088, 6_988_752),
+          E2EVarNet: (20_119_610, 18_052_114, 16_257_818, 12_961_986, 7_473_650)}
+
+
+class Skips(nn.Module):
+    """Two additive skips, one concatenation, a transposed convolution and a depthwise one."""
+    def __init__(self, width: int = 10):
+        super().__init__()
+        self.head = nn.Conv2d(2, width, 3, padding=1)
+        self.inner = nn.Conv2d(width, 8, 3, padding=1)
+        self.outer = nn.Conv2d(8, width, 3, padding=1, bias=False)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.up = nn.ConvTranspose2d(width, 6, 2, stride=2)
+        self.tail = nn.Conv2d(width + 6, 2, 1)
+
+    def forward(self, x):
+        h = torch.relu(self.head(x))
+        h = h + self.outer(torch.relu(self.inner(h)))
+        u = torch.relu(self.up(F.avg_pool2d(self.depthwise(h), 2)))
+        return self.tail(torch.cat([u, h], dim=1))  # `up` first: the skip's channels are shifted by six
+
+
+class Foreign(nn.Module):
+    """A model of somebody else's: its physics may not be called while it is pruned."""
+    def __init__(self):
+        super().__init__()
+        self.cnn, self.step = Skips(), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, y, A):
+        raise AssertionError("the physics was traced")
+
+
+def priors(model):
+    cnn = model if isinstance(model, Skips) else model.cnn
+    return [(cnn, torch.randn(1, 2, 8, 8), [cnn.tail])]
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Skips().eval()
+
+
+@pytest.mark.parametrize("network", COUNTS)
+def test_parameter_counts_of_the_paper(network):
+    teacher = network()
+    assert count_parameters(teacher) == COUNTS[network][0]
+    for ratio, expected in zip(RATIOS, COUNTS[network][1:]):
+        assert count_parameters(prune(teacher, ratio)) == expected
+
+
+@pytest.mark.parametrize("network, expected", [(DEQ, 2.83), (VarNet, 2.90)])
+def test_multiply_accumulate_ratio(network, expected):
+    report = prune(network(), 0.40).pruning_report
+    assert report.macs_before / report.macs_after == pytest.approx(expected, abs=0.02)
+
+
+def test_estimator_of_the_maps_is_not_pruned():
+    teacher = E2EVarNet(num_cascades=1)
+    student = prune(teacher, 0.40)
+    untouched = teacher.state_dict().keys() - {k for k in teacher.state_dict() if k.startswith("cascades.")}
+    assert len(untouched) > 10
+    assert all(torch.equal(student.state_dict()[k], teacher.state_dict()[k]) for k in untouched)
+
+
+def test_eq_6_by_hand(net):
+    student = prune(net, 0.40, priors(net))
+    W = {name: p.detach().double().abs() for name, p in net.named_parameters() if name.endswith("weight")}
+    skip = (W["head.weight"].sum((1, 2, 3)) + W["inner.weight"].sum((0, 2, 3)) + W["outer.weight"].sum((1, 2, 3)) + W["depthwise.weight"].sum((1, 2, 3))
+            + W["up.weight"].sum((1, 2, 3)) + W["tail.weight"].sum((0, 2, 3))[6:]) / 6
+    inner = (W["inner.weight"].sum((1, 2, 3)) + W["outer.weight"].sum((0, 2, 3))) / 2
+    up = (W["up.weight"].sum((0, 2, 3)) + W["tail.weight"].sum((0, 2, 3))[:6]) / 2
+    kept = {width: sorted(alpha.argsort(descending=True)[:n].tolist()) for width, alpha, n in ((10, skip, 6), (8, inner, 4), (6, up, 3))}
+    by_width = {g.before: g for g in student.pruning_report.groups}
+    for width, alpha in ((10, skip), (8, inner), (6, up)):
+        assert torch.allclose(torch.tensor(by_width[width].scores, dtype=torch.float64), alpha, rtol=1e-12)
+        assert sorted(set(range(width)) - set(by_width[width].removed)) == kept[width]
+    assert torch.equal(student.head.weight, net.head.weight[kept[10]])
+    assert torch.equal(student.outer.weight, net.outer.weight[kept[10]][:, kept[8]])
+    assert torch.equal(student.depthwise.bias, net.depthwise.bias[kept[10]])
+    assert torch.equal(student.up.weight, net.up.weight[kept[10]][:, kept[6]])
+    assert torch.equal(student.tail.weight, net.tail.weight[:, kept[6] + [6 + k for k in kept[10]]])
+
+
+def test_output_unchanged_when_zero_filters_go(net):
+    with torch.no_grad():
+        for layer, axis, zero in (("head", 0, [1, 4, 7, 9]), ("outer", 0, [1, 4, 7, 9]), ("depthwise", 0, [1, 4, 7, 9]), ("inner", 0, [0, 2, 5, 6]), ("up", 1, [3, 4, 5])):
+            module = getattr(net, layer)
+            module.weight[(slice(None),) * axis + (zero,)] = 0
+            if module.bias is not None:
+                module.bias[zero] = 0
+    student, x = prune(net, 0.40, priors(net)), torch.randn(2, 2, 12, 16)
+    assert {g.removed for g in student.pruning_report.groups} == {(1, 4, 7, 9), (0, 2, 5, 6), (3, 4, 5)}
+    assert torch.allclose(student(x), net(x), atol=1e-6)
+
+
+def test_teacher_is_untouched_bit_for_bit(net):
+    net.train()
+    net.head.weight.requires_grad_(False)
+    before, flags = copy.deepcopy(net.state_dict()), [(p.requires_grad, p.grad) for p in net.parameters()]
+    with torch.no_grad():
+        student = prune(net, 0.20, priors(net))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert flags == [(p.requires_grad, p.grad) for p in net.parameters()]
+    assert net.training and student.training and not student.head.weight.requires_grad and student.tail.weight.requires_grad
+    assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in student.parameters()}
+
+
+def test_two_prunings_do_not_interact(net):
+    other = Skips(12)
+    alone = prune(net, 0.30, priors(net))
+    prune(other, 0.50, priors(other))
+    prune(net, 0.10, priors(net))
+    again = prune(net, 0.30, priors(net))
+    assert alone.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in alone.state_dict().items())
+
+
+def test_ranking_does_not_depend_on_the_example_or_its_batch(net):
+    reports = [prune(net, 0.40, [(net, torch.randn(b, 2, n, n), [net.tail])]).pruning_report.groups for b, n in ((1, 8), (2, 8), (3, 16))]
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_student_treats_images_of_a_batch_apart(net):
+    student, x = prune(net, 0.40, priors(net)), torch.randn(3, 2, 8, 8)
+    assert torch.allclose(student(x), torch.cat([student(x[i:i + 1]) for i in range(3)]), atol=1e-6)
+
+
+def test_foreign_model_and_its_physics():
+    model = Foreign()
+    student = prune(model, 0.40, priors(model))
+    assert student.cnn.head.out_channels == 6 and student.cnn.tail.out_channels == 2 and student.step == model.step
+    assert count_parameters(model) > count_parameters(student)
+
+
+def test_kept_layers_keep_their_width(net):
+    student = prune(net, 0.40, [(net, torch.randn(1, 2, 8, 8), [net.tail, net.inner])])
+    assert student.inner.out_channels == 8 and student.outer.in_channels == 8 and student.head.out_channels == 6
+
+
+def test_a_prior_named_twice_is_pruned_once(net):
+    assert prune(net, 0.40, priors(net) * 2).head.out_channels == 6
+
+
+def test_width_is_the_floor_in_exact_arithmetic():
+    assert all(width_after(c, i / 1000) == c * (1000 - i) // 1000 for c in range(1, 300) for i in range(1, 1000))
+    assert width_after(10, 0.1 + 0.2) == 7  # 0.1 + 0.2 > 0.3 in floating point
+
+
+def test_report(net):
+    student = prune(net, 0.40, priors(net))
+    report = student.pruning_report
+    frame = report.to_frame()
+    assert set(frame["before"]) == {10, 8, 6} and (frame["largest_removed"] <= frame["smallest_kept"]).all()
+    assert (report.parameters_before, report.parameters_after) == (count_parameters(net), count_parameters(student))
+    assert report.macs_before == count_macs(net, torch.zeros(1, 2, 8, 8)) > report.macs_after > 0
+    assert "multiply-accumulates" in str(report)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, math.nan])
+def test_ratio_outside_0_1(net, ratio):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        prune(net, ratio, priors(net))
+
+
+def test_ratio_that_would_empty_a_layer(net):
+    with pytest.raises(ValueError, match="would leave none of the 6 channels of layer 'up'"):
+        prune(net, 0.85, priors(net))
+
+
+def test_model_without_priors(net):
+    with pytest.raises(TypeError, match="has no priors"):
+        prune(net, 0.40)
+    with pytest.raises(ValueError, match="empty"):
+        prune(net, 0.40, [])
+    with pytest.raises(ValueError, match="no part of"):
+        prune(net, 0.40, priors(Skips()))
+
+
+def test_forgotten_output_layer(net):
+    with pytest.raises(ValueError, match="layers to keep"):
+        prune(net, 0.40, [(net, torch.randn(1, 2, 8, 8), [])])
+
+
+def test_in_place_activations_hide_nothing():
+    def chain(inplace: bool) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 10, 3), nn.InstanceNorm2d(10), nn.LeakyReLU(0.2, inplace), nn.Conv2d(10, 10, 3), nn.InstanceNorm2d(10),
+                             nn.LeakyReLU(0.2, inplace), nn.Conv2d(10, 2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        students = [prune(m, 0.40, [(m, torch.randn(1, 2, 16, 16), [m[6]])]) for m in (chain(False), chain(True))]
+    assert students[1][2].inplace and [m.num_features for m in students[1] if isinstance(m, nn.InstanceNorm2d)] == [6, 6]
+    assert students[0].pruning_report.groups == students[1].pruning_report.groups
+
+
+def test_random_start_has_the_widths_and_the_initial_scalars():
+    student = prune(DEQ(features=16, num_blocks=1), 0.40)
+    with torch.no_grad():
+        student.alpha.fill_(9)
+    state = torch.random.get_rng_state()
+    fresh = randomize(student, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in student.parameters()]
+    assert fresh.alpha == DEQ().alpha and student.alpha == 9
+    assert not torch.equal(fresh.denoiser.head.weight, student.denoiser.head.weight)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), randomize(student, seed=3).parameters()))
+    assert not torch.equal(fresh.denoiser.head.weight, randomize(student, seed=4).denoiser.head.weight)
+
+
+def test_random_start_of_a_foreign_model(net):
+    student = prune(net, 0.40, priors(net))
+    assert randomize(student, 0, build=Skips).head.out_channels == 6
+    with pytest.raises(TypeError, match="build="):
+        randomize(student, 0)
+
+
+@pytest.mark.parametrize("network", [DEQ, VarNet, E2EVarNet])
+def test_pruned_networks_reconstruct(network):
+    arguments = dict(features=10, num_blocks=1, max_iterations=3) if network is DEQ else dict(num_cascades=2, channels=5, num_pools=2)
+    student = prune(network(**arguments), 0.40).eval()
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(1, 3, 32, 32, dtype=torch.complex64, generator=generator)
+    A = MultiCoilMRI(torch.arange(32) % 2 < 1, maps / maps.abs().square().sum(1, keepdim=True).sqrt())
+    y = A(torch.randn(1, 1, 32, 32, dtype=torch.complex64, generator=generator))
+    with torch.no_grad():
+        assert student(y, A).shape == (1, 1, 32, 32)

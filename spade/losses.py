@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Loss', 'LOSSES', 'STRATEGIES', 'as_real', 'smooth_l1', 'squared_error', 'l1', 'window_mean', 'ssim_map', 'ssim_loss',
-           'default_loss', 'rotate', 'rotate_right', 'draw_rotation', 'model_operator', 'supervised_loss',
-           'school_loss', 'data_fidelity', 'equivariance', 'self_supervised_loss', 'Strategy', 'Supervised',
-           'weights_key', 'School', 'SelfSupervised', 'make_strategy']
+           'default_loss', 'supervised_loss', 'school_loss', 'data_fidelity', 'rotate', 'rotate_right', 'draw_rotation',
+           'model_operator', 'equivariance', 'self_supervised_loss', 'Strategy', 'Supervised', 'weights_key', 'School',
+           'SelfSupervised', 'make_strategy']
 
-# %% ../nbs/21_losses.ipynb #c002
+# %% ../nbs/21_losses.ipynb #c003
 import copy
 import hashlib
 from collections import OrderedDict
@@ -19,32 +19,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/21_losses.ipynb #c004
+from .files import content_key
+
+# %% ../nbs/21_losses.ipynb #c008
 def as_real(x: Tensor) -> Tensor:
     "A complex tensor as a real one with a last axis (real, imaginary); a real tensor as it is."
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
-# %% ../nbs/21_losses.ipynb #c005
+# %% ../nbs/21_losses.ipynb #c009
 def smooth_l1(x_hat: Tensor, x: Tensor, beta: float = 1.0) -> Tensor:
     "Smooth l1 (Huber) distance, averaged over pixels and over real and imaginary parts: squared below `beta`, linear above."
     return F.smooth_l1_loss(as_real(x_hat), as_real(x), beta=beta)
 
-# %% ../nbs/21_losses.ipynb #c006
+# %% ../nbs/21_losses.ipynb #c010
 def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
     "Mean squared error over pixels and over real and imaginary parts."
     return F.mse_loss(as_real(x_hat), as_real(x))
 
-# %% ../nbs/21_losses.ipynb #c007
+# %% ../nbs/21_losses.ipynb #c011
 def l1(x_hat: Tensor, x: Tensor) -> Tensor:
     "Mean absolute error over pixels and over real and imaginary parts."
     return F.l1_loss(as_real(x_hat), as_real(x))
 
-# %% ../nbs/21_losses.ipynb #c008
+# %% ../nbs/21_losses.ipynb #c014
 def window_mean(x: Tensor, window: int) -> Tensor:
     "Mean over each `window`×`window` patch that lies wholly inside the image."
     return F.avg_pool2d(x, window, stride=1)
 
-# %% ../nbs/21_losses.ipynb #c009
+# %% ../nbs/21_losses.ipynb #c015
 def ssim_map(x_hat: Tensor, x: Tensor, data_range: Tensor, window: int = 7, k1: float = 0.01, k2: float = 0.03) -> Tensor:
     "SSIM of each 7×7 patch of two real images (B, C, H, W); `data_range` broadcasts to them."
     c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
@@ -55,7 +57,7 @@ def ssim_map(x_hat: Tensor, x: Tensor, data_range: Tensor, window: int = 7, k1: 
     covariance = unbiased * (window_mean(x_hat * x, window) - mean_hat * mean)
     return ((2 * mean_hat * mean + c1) * (2 * covariance + c2)) / ((mean_hat ** 2 + mean ** 2 + c1) * (variance_hat + variance + c2))
 
-# %% ../nbs/21_losses.ipynb #c010
+# %% ../nbs/21_losses.ipynb #c016
 def ssim_loss(x_hat: Tensor, x: Tensor, window: int = 7) -> Tensor:
     "1 − SSIM of the magnitudes of (B, C, H, W), averaged over patches and images; data range = maximum of each reference image."
     if min(x.shape[-2:]) < window:
@@ -64,16 +66,33 @@ def ssim_loss(x_hat: Tensor, x: Tensor, window: int = 7) -> Tensor:
     data_range = magnitude.detach().amax(dim=(-3, -2, -1), keepdim=True).clamp_min(1e-8)  # an all-zero reference must not divide by 0
     return 1 - ssim_map(magnitude_hat, magnitude, data_range, window).mean()
 
-# %% ../nbs/21_losses.ipynb #c011
+# %% ../nbs/21_losses.ipynb #c023
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Loss] = {"smooth_l1": smooth_l1, "ssim": ssim_loss, "l1": l1, "squared_error": squared_error}
 
-# %% ../nbs/21_losses.ipynb #c012
+# %% ../nbs/21_losses.ipynb #c024
 def default_loss(model: nn.Module) -> Loss:
     "The loss that the authors used for this network: SSIM for the two VarNets, smooth l1 for DEQ (and for any other)."
     return ssim_loss if {"VarNet", "E2EVarNet"} & {c.__name__ for c in type(model).__mro__} else smooth_l1
 
-# %% ../nbs/21_losses.ipynb #c014
+# %% ../nbs/21_losses.ipynb #c027
+def supervised_loss(model: nn.Module, y: Tensor, A: nn.Module, x: Tensor, loss: Loss) -> Tensor:
+    "Eq. 7: distance between the reconstruction and the ground truth."
+    return loss(model(y, A), x)
+
+# %% ../nbs/21_losses.ipynb #c029
+def school_loss(model: nn.Module, y: Tensor, A: nn.Module, x_teacher: Tensor, loss: Loss) -> Tensor:
+    "Eq. 8: distance between the student's reconstruction and its teacher's."
+    return loss(model(y, A), x_teacher.detach())
+
+# %% ../nbs/21_losses.ipynb #c031
+def data_fidelity(x_hat: Tensor, y: Tensor, A: nn.Module) -> Tensor:
+    "First term of eq. 9: l1 distance in k-space, averaged over the *measured* points only."
+    mask = getattr(A, "mask", None)
+    num_measured = y.numel() if mask is None else int(mask.expand(y.shape).sum())
+    return as_real(A(x_hat) - y).abs().sum() / (num_measured * (2 if y.is_complex() else 1))
+
+# %% ../nbs/21_losses.ipynb #c034
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     "Turn each image of (B, C, H, W), real or complex, about its centre by its own angle (B,): bilinear, zeros from outside."
     if x.is_complex():
@@ -85,12 +104,12 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     theta = torch.stack([torch.stack([cos, -sin * height / width, zero], -1), torch.stack([sin * width / height, cos, zero], -1)], -2)
     return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), mode="bilinear", padding_mode="zeros", align_corners=False)
 
-# %% ../nbs/21_losses.ipynb #c015
+# %% ../nbs/21_losses.ipynb #c037
 def rotate_right(x: Tensor, quarters: Tensor) -> Tensor:
     "Turn each image of (B, C, H, W) by its own number of quarter turns (B,): pixels move, none is interpolated."
     return torch.stack([torch.rot90(image, int(k), dims=(-2, -1)) for image, k in zip(x, quarters)])
 
-# %% ../nbs/21_losses.ipynb #c016
+# %% ../nbs/21_losses.ipynb #c039
 def draw_rotation(kind: str, x: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     "φ ~ Φ: one random rotation per image of `x`; `kind` is \"any\" or \"right\"."
     batch, (height, width) = len(x), x.shape[-2:]
@@ -100,7 +119,7 @@ def draw_rotation(kind: str, x: Tensor, generator: torch.Generator) -> Callable[
     quarters = torch.randint(1, 4, (batch,), generator=generator) if height == width else torch.full((batch,), 2)
     return lambda image: rotate_right(image, quarters)
 
-# %% ../nbs/21_losses.ipynb #c018
+# %% ../nbs/21_losses.ipynb #c043
 def model_operator(model: nn.Module, y: Tensor, A: nn.Module) -> nn.Module:
     "The operator that the network itself believes in: E2E-VarNet's has the maps that it estimated; others use `A`."
     if not callable(getattr(model, "operator", None)):
@@ -108,24 +127,7 @@ def model_operator(model: nn.Module, y: Tensor, A: nn.Module) -> nn.Module:
     with torch.no_grad():  # the loss judges the image; it must not be lowered by bending the physics
         return model.operator(y, A)
 
-# %% ../nbs/21_losses.ipynb #c019
-def supervised_loss(model: nn.Module, y: Tensor, A: nn.Module, x: Tensor, loss: Loss) -> Tensor:
-    "Eq. 7: distance between the reconstruction and the ground truth."
-    return loss(model(y, A), x)
-
-# %% ../nbs/21_losses.ipynb #c020
-def school_loss(model: nn.Module, y: Tensor, A: nn.Module, x_teacher: Tensor, loss: Loss) -> Tensor:
-    "Eq. 8: distance between the student's reconstruction and its teacher's."
-    return loss(model(y, A), x_teacher.detach())
-
-# %% ../nbs/21_losses.ipynb #c021
-def data_fidelity(x_hat: Tensor, y: Tensor, A: nn.Module) -> Tensor:
-    "First term of eq. 9: l1 distance in k-space, averaged over the *measured* points only."
-    mask = getattr(A, "mask", None)
-    num_measured = y.numel() if mask is None else int(mask.expand(y.shape).sum())
-    return as_real(A(x_hat) - y).abs().sum() / (num_measured * (2 if y.is_complex() else 1))
-
-# %% ../nbs/21_losses.ipynb #c022
+# %% ../nbs/21_losses.ipynb #c046
 def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callable[[Tensor], Tensor], loss: Loss = squared_error,
                  rotate_maps: bool = False, detach: bool = False) -> Tensor:
     "Second term of eq. 9: turn the reconstruction, measure it, reconstruct again; the same turned image should come out."
@@ -135,15 +137,26 @@ def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callab
     A_phi = A.transformed(rotation) if rotate_maps else A
     return loss(model(A_phi(x_phi), A_phi), x_phi)
 
-# %% ../nbs/21_losses.ipynb #c023
-def self_supervised_loss(model: nn.Module, y: Tensor, A: nn.Module, rotation: Callable[[Tensor], Tensor],
-                         weight: float = 1.0, rotate_maps: bool = False, detach: bool = False) -> Tensor:
+# %% ../nbs/21_losses.ipynb #c050
+def self_supervised_loss(
+    model: nn.Module,
+    y: Tensor,  # complex (B, coils, H, W)
+    A: nn.Module,
+    generator: torch.Generator,  # decides the rotation
+    rotations: str = "any",  # or "right"
+    rotate_maps: bool = False,
+    weight: float = 1.0,  # of the equivariant term; the paper has none
+    detach: bool = False,
+) -> Tensor:
     "Eq. 9: data fidelity plus `weight` times equivariance. No ground truth, no teacher."
     A_model, x_hat = model_operator(model, y, A), model(y, A)
     loss = data_fidelity(x_hat, y, A_model)
-    return loss + weight * equivariance(model, x_hat, A_model, rotation, rotate_maps=rotate_maps, detach=detach) if weight else loss
+    if not weight:
+        return loss
+    rotation = draw_rotation(rotations, x_hat, generator)
+    return loss + weight * equivariance(model, x_hat, A_model, rotation, rotate_maps=rotate_maps, detach=detach)
 
-# %% ../nbs/21_losses.ipynb #c024
+# %% ../nbs/21_losses.ipynb #c055
 class Strategy:
     "What the training loop asks: `strategy(model, batch, generator)` is the loss of one batch."
     name = ""
@@ -160,7 +173,7 @@ class Strategy:
         "Move whatever the strategy computes with."
         return self
 
-# %% ../nbs/21_losses.ipynb #c025
+# %% ../nbs/21_losses.ipynb #c056
 class Supervised(Strategy):
     "Eq. 7; the only strategy that reads the ground truth."
     name, needs_ground_truth = "supervised", True
@@ -176,7 +189,7 @@ class Supervised(Strategy):
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, "loss": self.loss.__name__}
 
-# %% ../nbs/21_losses.ipynb #c026
+# %% ../nbs/21_losses.ipynb #c058
 def weights_key(model: nn.Module) -> str:
     "Sixteen hexadecimal digits that change when any weight, name or width of `model` does."
     digest = hashlib.sha256()
@@ -185,7 +198,7 @@ def weights_key(model: nn.Module) -> str:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/21_losses.ipynb #c027
+# %% ../nbs/21_losses.ipynb #c060
 class School(Strategy):
     "Eq. 8; keeps a frozen copy of the teacher and remembers its answers."
     name = "school"
@@ -195,14 +208,16 @@ class School(Strategy):
         self.loss, self.remember, self.answers = loss, remember, OrderedDict()
 
     def answer(self, y: Tensor, A: nn.Module) -> Tensor:
-        "The teacher's reconstruction; a measurement seen before is not reconstructed again."
-        key = hashlib.sha256(torch.view_as_real(y).cpu().numpy() if y.is_complex() else y.cpu().numpy()).digest()
-        if key not in self.answers:
-            with torch.no_grad():
-                self.answers[key] = self.teacher(y, A)
-            while len(self.answers) > self.remember:
-                self.answers.popitem(last=False)
-        return self.answers[key] if key in self.answers else self.teacher(y, A)
+        "The teacher's reconstruction; a batch seen before is not reconstructed again."
+        key = content_key(y, *A.state_dict().values())
+        if key in self.answers:
+            return self.answers[key]
+        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+            answer = self.teacher(y, A)
+        self.answers[key] = answer
+        while len(self.answers) > self.remember:
+            self.answers.popitem(last=False)  # the oldest
+        return answer
 
     def __call__(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
         return school_loss(model, batch.y, batch.A, self.answer(batch.y, batch.A), self.loss)
@@ -215,7 +230,7 @@ class School(Strategy):
         self.answers.clear()
         return self
 
-# %% ../nbs/21_losses.ipynb #c028
+# %% ../nbs/21_losses.ipynb #c061
 class SelfSupervised(Strategy):
     "Eq. 9; sees measurements only."
     name = "self-supervised"
@@ -223,17 +238,15 @@ class SelfSupervised(Strategy):
     def __init__(self, rotations: str = "any", rotate_maps: bool = False, weight: float = 1.0, detach: bool = False):
         if rotations not in ("any", "right"):
             raise ValueError(f"rotations is {rotations!r}, expected 'any' or 'right'")
-        self.rotations, self.rotate_maps, self.weight, self.detach = rotations, rotate_maps, weight, detach
+        self.choices = {"rotations": rotations, "rotate_maps": rotate_maps, "weight": weight, "detach": detach}
 
     def __call__(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
-        image = batch.A.adjoint(batch.y)  # only for its shape: a rotation per image
-        rotation = draw_rotation(self.rotations, image, generator)
-        return self_supervised_loss(model, batch.y, batch.A, rotation, self.weight, self.rotate_maps, self.detach)
+        return self_supervised_loss(model, batch.y, batch.A, generator, **self.choices)
 
     def settings(self) -> dict[str, Any]:
-        return {"strategy": self.name, "rotations": self.rotations, "rotate_maps": self.rotate_maps, "weight": self.weight, "detach": self.detach}
+        return {"strategy": self.name, **self.choices}
 
-# %% ../nbs/21_losses.ipynb #c029
+# %% ../nbs/21_losses.ipynb #c062
 STRATEGIES = ("supervised", "school", "self-supervised")
 
 def make_strategy(name: str, teacher: nn.Module | None = None, loss: Loss | str = smooth_l1, **settings) -> Strategy:

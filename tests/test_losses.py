@@ -1,0 +1,230 @@
+"""The losses: zero at the optimum, gradients, blindness to the ground truth, and the operator that each network believes in."""
+import copy
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+from torch import nn
+
+from spade.losses import (STRATEGIES, data_fidelity, default_loss, draw_rotation, equivariance, l1, make_strategy, rotate, rotate_right, self_supervised_loss,
+                          smooth_l1, squared_error, ssim_loss)
+from spade.models import DEQ, E2EVarNet, VarNet
+from spade.operators import MultiCoilMRI, normalize_maps
+from spade.training import train
+
+
+class Batch(NamedTuple):
+    y: torch.Tensor
+    A: nn.Module
+    x: Any
+    info: dict
+
+
+def make_batch(seed: int = 0, size: tuple[int, int] = (32, 32), batch: int = 1, dtype: torch.dtype = torch.complex64) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    A = MultiCoilMRI(torch.arange(size[1]) % 3 < 2, normalize_maps(torch.randn(batch, 3, *size, dtype=dtype, generator=g)))
+    x = torch.randn(batch, 1, *size, dtype=dtype, generator=g)
+    return Batch(A(x), A, x, {})
+
+
+def small(network: type) -> nn.Module:
+    torch.manual_seed(0)
+    if network is DEQ:
+        return DEQ(features=4, num_blocks=1, max_iterations=8, gradient="jacobian-free")
+    sensitivity = dict(sens_channels=2, sens_num_pools=2) if network is E2EVarNet else {}
+    return network(num_cascades=1, channels=4, num_pools=2, **sensitivity)
+
+
+class Image(nn.Module):
+    """Answers with the image it holds."""
+    def __init__(self, image):
+        super().__init__()
+        self.image = nn.Parameter(image.clone())
+
+    def forward(self, y, A):
+        return self.image
+
+
+@pytest.mark.parametrize("loss", [smooth_l1, squared_error, l1, ssim_loss])
+def test_zero_at_the_optimum_and_positive_elsewhere(loss):
+    x = make_batch(dtype=torch.complex128).x
+    assert loss(x, x).abs() < 1e-12 and loss(1.1 * x, x) > 1e-4
+
+
+@pytest.mark.parametrize("loss", [smooth_l1, squared_error, ssim_loss])
+def test_gradient_is_zero_at_the_optimum(loss):
+    x = make_batch(dtype=torch.complex128).x
+    guess = x.clone().requires_grad_()
+    loss(guess, x).backward()
+    assert guess.grad.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("loss", [smooth_l1, squared_error, l1, ssim_loss])
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float64])
+def test_gradients_against_finite_differences(loss, dtype):
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 1, 8, 9, dtype=dtype, generator=g) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda t: loss(t, b), a.requires_grad_())
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 20, 33), (3, 1, 7, 8)])
+def test_ssim_agrees_with_scikit_image(shape):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, dtype=torch.complex128, generator=g)
+    x_hat = x + 0.3 * torch.randn(shape, dtype=torch.complex128, generator=g)
+    expected = [structural_similarity(a.abs().numpy()[0], b.abs().numpy()[0], data_range=b.abs().max().item(), win_size=7) for a, b in zip(x_hat, x)]
+    assert 1 - ssim_loss(x_hat, x).item() == pytest.approx(sum(expected) / len(expected), abs=1e-10)
+
+
+def test_ssim_of_colour_images_agrees_with_scikit_image():
+    g = torch.Generator().manual_seed(0)
+    x, x_hat = (torch.rand(1, 3, 16, 16, dtype=torch.float64, generator=g) for _ in range(2))
+    expected = structural_similarity(x_hat[0].numpy(), x[0].numpy(), data_range=x.max().item(), channel_axis=0)
+    assert 1 - ssim_loss(x_hat, x).item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_ssim_of_an_empty_slice_and_of_a_tiny_image():
+    zero = torch.zeros(1, 1, 8, 8, dtype=torch.complex64)
+    assert ssim_loss(zero, zero) == 0 and ssim_loss(zero + 1, zero).isfinite()
+    with pytest.raises(ValueError, match="at least 7×7 pixels, found \\(6, 8\\)"):
+        ssim_loss(zero[..., :6, :], zero[..., :6, :])
+
+
+def test_default_losses():
+    assert [default_loss(small(n)).__name__ for n in (DEQ, VarNet, E2EVarNet)] == ["smooth_l1", "ssim_loss", "ssim_loss"]
+
+
+def test_data_fidelity_counts_measured_points_only():
+    y, A, x, _ = make_batch(batch=2)
+    assert data_fidelity(x, y, A) < 1e-7
+    shifted = torch.where(A.mask.expand(y.shape), y + (0.5 - 0.25j), y)
+    assert data_fidelity(x, shifted, A).item() == pytest.approx(0.375, rel=1e-5)
+    assert torch.equal(shifted[~A.mask.expand(y.shape)], y[~A.mask.expand(y.shape)])
+
+
+@pytest.mark.parametrize("size", [(12, 12), (11, 11), (12, 20)])
+def test_rotations(size):
+    x = make_batch(size=size, batch=3).x
+    assert torch.allclose(rotate(x, torch.full((3,), 180.0)), x.flip(-2, -1), atol=1e-5)
+    assert torch.allclose(rotate(x, torch.tensor([0.0, 360.0, 180.0])), torch.stack([x[0], x[1], x[2].flip(-2, -1)]), atol=1e-4)
+    if size[0] == size[1]:
+        quarters = torch.tensor([1, 2, 3])
+        assert torch.allclose(rotate(x, 90.0 * quarters), rotate_right(x, quarters), atol=1e-5)
+        assert draw_rotation("right", x, torch.Generator().manual_seed(0))(x).shape == x.shape
+    else:
+        assert torch.equal(draw_rotation("right", x, torch.Generator())(x), x.flip(-2, -1))
+
+
+def test_rotation_is_differentiable():
+    x = make_batch(size=(5, 6), dtype=torch.complex128).x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: rotate(t, torch.tensor([33.0])), x)
+
+
+def test_equivariant_term_moves_the_maps_only_if_asked():
+    y, A, x, _ = make_batch(size=(16, 16))
+    seen = []
+
+    class Spy(Image):
+        def forward(self, y, A):
+            seen.append((y, A))
+            return self.image
+
+    phi = draw_rotation("right", x, torch.Generator().manual_seed(0))
+    for rotate_maps in (False, True):
+        equivariance(Spy(x), x, A, phi, rotate_maps=rotate_maps)
+    assert seen[0][1] is A and torch.equal(seen[0][0], A(phi(x)))
+    assert torch.allclose(seen[1][1].maps, phi(A.maps), atol=1e-6) and torch.equal(seen[1][1].mask, A.mask)
+
+
+def test_detach_stops_the_gradient_through_the_turned_image():
+    y, A, x, _ = make_batch()
+    gradients = []
+    for detach in (False, True):
+        model = small(VarNet)
+        x_hat = x.clone().requires_grad_()
+        equivariance(model, x_hat, A, draw_rotation("right", x, torch.Generator().manual_seed(0)), detach=detach).backward()
+        gradients.append(x_hat.grad)
+    assert gradients[0].abs().max() > 0 and gradients[1] is None
+
+
+def test_e2e_varnet_is_judged_with_the_maps_it_estimated():
+    y, A, x, _ = make_batch()
+    model = small(E2EVarNet)
+    nonsense = A.with_maps(normalize_maps(torch.roll(A.maps, 7, dims=-1)))  # E2E-VarNet ignores these maps: the loss must not change
+    losses = [self_supervised_loss(model, y, B, torch.Generator().manual_seed(0)) for B in (A, nonsense)]
+    assert torch.allclose(*losses, rtol=1e-6)
+    estimated = model.operator(y, A)
+    expected = data_fidelity(model(y, A), y, estimated)
+    assert torch.allclose(self_supervised_loss(model, y, A, torch.Generator(), weight=0.0), expected)
+
+
+@pytest.mark.parametrize("network", [DEQ, VarNet, E2EVarNet])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_gives_every_network_finite_gradients(network, strategy):
+    model, batch = small(network).train(), make_batch()
+    loss = make_strategy(strategy, teacher=small(network))(model, batch, torch.Generator().manual_seed(0)) if strategy != "school" else \
+        make_strategy(strategy, teacher=DEQ(features=2, num_blocks=1, max_iterations=3))(model, batch, torch.Generator())
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert loss > 0 and gradients and all(g.isfinite().all() for g in gradients) and max(g.abs().max() for g in gradients) > 0
+
+
+@pytest.mark.parametrize("strategy", ["school", "self-supervised"])
+@pytest.mark.parametrize("network", [VarNet, DEQ])
+def test_school_and_self_supervised_never_see_the_ground_truth(strategy, network):
+    batches = [make_batch(seed) for seed in range(2)]
+    truths = {"truth": lambda x: x, "NaN": lambda x: torch.full_like(x, math.nan), "None": lambda x: None, "other": lambda x: -x}
+    weights = {}
+    for name, change in truths.items():
+        model = small(network)
+        teacher = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter.mul_(1.2)
+        train(model, [b._replace(x=change(b.x)) for b in batches], make_strategy(strategy, teacher=teacher), steps=4, learning_rate=1e-3, progress=False)
+        weights[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert not torch.equal(weights["truth"], torch.cat([p.detach().flatten() for p in small(network).parameters()]))
+    assert all(torch.equal(w, weights["truth"]) for w in weights.values())
+
+
+def test_supervised_does_see_the_ground_truth():
+    batch, model = make_batch(), small(VarNet)
+    losses = [make_strategy("supervised")(model, b, torch.Generator()).item() for b in (batch, batch._replace(x=-batch.x))]
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="needs a ground truth"):
+        make_strategy("supervised")(model, batch._replace(x=None), torch.Generator())
+
+
+def test_school_leaves_the_teacher_alone_and_remembers():
+    teacher, batch = small(VarNet).train(), make_batch()
+    strategy = make_strategy("school", teacher=teacher, remember=1)
+    calls = []
+    strategy.teacher.register_forward_hook(lambda *_: calls.append(1))
+    first = strategy(small(VarNet), batch, torch.Generator())
+    assert strategy(small(VarNet), batch, torch.Generator()) == first and len(calls) == 1
+    strategy(small(VarNet), make_batch(1), torch.Generator())
+    strategy(small(VarNet), batch, torch.Generator())
+    assert len(calls) == 3 and len(strategy.answers) == 1  # only one answer is kept
+    assert teacher.training and all(p.requires_grad and p.grad is None for p in teacher.parameters())
+
+
+def test_school_tells_equal_measurements_of_different_maps_apart():
+    y, A, x, _ = make_batch()
+    strategy = make_strategy("school", teacher=small(VarNet))
+    other = A.with_maps(A.maps.flip(1))
+    assert not torch.equal(strategy.answer(y, A), strategy.answer(y, other))
+
+
+def test_bad_choices():
+    with pytest.raises(ValueError, match="unknown strategy 'homework'; choose one of supervised, school, self-supervised"):
+        make_strategy("homework")
+    with pytest.raises(ValueError, match="needs teacher="):
+        make_strategy("school")
+    with pytest.raises(ValueError, match="unknown loss 'l7'"):
+        make_strategy("supervised", loss="l7")
+    with pytest.raises(ValueError, match="expected 'any' or 'right'"):
+        make_strategy("self-supervised", rotations="left")
+    with pytest.raises(TypeError, match="needs an operator with transformed"):
+        equivariance(Image(make_batch().x), make_batch().x, nn.Identity(), lambda t: t, rotate_maps=True)

@@ -1,0 +1,284 @@
+"""Fixed points: independent oracles, the gradient of eq. 4, memory, divergence, batches."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from spade.models import DEQ, DivergenceError
+from spade.models.deq import anderson_mix, attach_gradient, fixed_point
+from spade.operators import MultiCoilMRI
+
+
+def problem(batch=1, size=8, coils=2, dtype=torch.complex128, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, 1, 1, size, generator=generator) < .5
+    mask[..., size // 2] = True
+    maps = torch.randn(batch, coils, size, size, dtype=dtype, generator=generator)
+    A = MultiCoilMRI(mask, maps / maps.abs().square().sum(dim=1, keepdim=True).sqrt())
+    return A(torch.randn(batch, 1, size, size, dtype=dtype, generator=generator)), A
+
+
+def tiny(**settings) -> DEQ:
+    torch.manual_seed(0)
+    return DEQ(**dict(features=4, num_blocks=1, tolerance=1e-13, backward_tolerance=1e-13, max_iterations=400) | settings).double()
+
+
+def loss_of(x):
+    return (x.real - .3).square().sum() + x.imag.pow(3).sum()
+
+
+# --- the search --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("memory", [1, 2, 5])
+def test_scalar_fixed_point_against_bisection(memory):
+    low, high = 0., 1.
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.cos(middle) > middle else (low, middle)
+    _, answer, trace = fixed_point(torch.cos, torch.zeros(1, 1, dtype=torch.float64), memory, tolerance=1e-12)
+    assert trace.converged and abs(answer.item() - low) < 1e-11
+
+
+def test_plain_trace_is_the_papers_rule_by_hand():
+    "Recomputed with numpy: x ← cos x from 0, stop when |x_{k+1} - x_k| / |x_{k+1}| < 1e-4."
+    x, residuals = 0., []
+    while not residuals or residuals[-1] >= 1e-4:
+        x, previous = np.cos(x), x
+        residuals.append(abs(x - previous) / abs(x))
+    _, answer, trace = fixed_point(torch.cos, torch.zeros(1, 1, dtype=torch.float64), memory=1)
+    np.testing.assert_allclose([r.item() for r in trace.residuals], residuals, rtol=1e-10)
+    assert trace.iterations == len(residuals) == len(trace.seconds) and answer.item() == pytest.approx(x, rel=1e-12)
+
+
+@pytest.mark.parametrize("memory", [1, 5])
+def test_linear_fixed_point_against_a_dense_solve(memory):
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((6, 6))
+    matrix *= .8 / np.linalg.norm(matrix, 2)
+    offset = rng.standard_normal(6)
+    exact = np.linalg.solve(np.eye(6) - matrix, offset)
+    _, answer, _ = fixed_point(lambda x: x @ torch.from_numpy(matrix).T + torch.from_numpy(offset), torch.zeros(1, 6, dtype=torch.float64), memory, 300, 1e-12)
+    np.testing.assert_allclose(answer[0].numpy(), exact, rtol=1e-9)
+
+
+def test_anderson_is_faster_and_mixes_by_least_squares():
+    rate = torch.linspace(.5, .98, 20, dtype=torch.float64)
+    runs = {memory: fixed_point(lambda x: rate * x + 1, torch.zeros(1, 20, dtype=torch.float64), memory, 2000, 1e-8)[2].iterations for memory in (1, 5)}
+    assert runs[5] < runs[1] / 4
+    generator = torch.Generator().manual_seed(0)
+    xs, gs = torch.randn(2, 4, 1, 7, dtype=torch.float64, generator=generator)
+    residuals = (gs - xs)[:, 0].numpy()
+    theta = np.linalg.lstsq((residuals[1:] - residuals[:-1]).T, residuals[-1], rcond=None)[0]
+    expected = gs[-1, 0].numpy() - (gs[1:, 0] - gs[:-1, 0]).numpy().T @ theta
+    np.testing.assert_allclose(anderson_mix(list(xs), list(gs))[0].numpy(), expected, rtol=1e-6)
+
+
+def test_anderson_treats_complex_images_as_real_vectors():
+    generator = torch.Generator().manual_seed(0)
+    xs, gs = torch.randn(2, 3, 1, 5, dtype=torch.complex128, generator=generator)
+    real = anderson_mix([torch.view_as_real(x) for x in xs], [torch.view_as_real(g) for g in gs])
+    torch.testing.assert_close(torch.view_as_real(anderson_mix(list(xs), list(gs))), real)
+
+
+@pytest.mark.parametrize("memory", [1, 5])
+def test_an_image_does_not_depend_on_its_batch(memory):
+    rates = torch.tensor([[.1], [.6], [.97]], dtype=torch.float64)
+    _, together, trace = fixed_point(lambda x: rates * torch.sin(x) + 1, torch.zeros(3, 4, dtype=torch.float64), memory, 500)
+    for row in range(3):
+        alone = fixed_point(lambda x: rates[row] * torch.sin(x) + 1, torch.zeros(1, 4, dtype=torch.float64), memory, 500)[1]
+        torch.testing.assert_close(together[row:row + 1], alone, rtol=1e-12, atol=0)
+    assert trace.residuals[0].shape == (3,)
+
+
+def test_a_point_at_rest_takes_one_iteration():
+    _, answer, trace = fixed_point(lambda x: x, torch.zeros(2, 3))
+    assert trace.iterations == 1 and trace.converged and not answer.any()
+
+
+def test_limit_of_iterations_is_kept_and_said():
+    _, _, trace = fixed_point(lambda x: .999 * x + 1, torch.ones(1, 1), memory=1, max_iterations=20, tolerance=1e-9)
+    assert trace.iterations == 20 and not trace.converged
+    with pytest.raises(ValueError, match="at least 1"):
+        fixed_point(torch.cos, torch.ones(1, 1), max_iterations=0)
+
+
+# --- divergence ----------------------------------------------------------------------------------------------------------
+
+def test_growth_and_nan_are_refused():
+    with pytest.raises(DivergenceError, match=r"diverged at iteration \d+: relative step .* try solver"):
+        fixed_point(lambda x: 1.5 * x + 1, torch.ones(1, 1), memory=1)
+    with pytest.raises(DivergenceError, match="at iteration 1"):
+        fixed_point(lambda x: x / 0, torch.ones(1, 1))
+
+
+def test_an_iteration_that_gains_nothing_is_refused_in_evaluation_only():
+    def slowly_out(x):
+        return 1.005 * x + 1
+    with pytest.raises(DivergenceError, match="iteration 100"):
+        fixed_point(slowly_out, torch.ones(1, 1), memory=1)
+    assert not fixed_point(slowly_out, torch.ones(1, 1), memory=1, must_progress=False)[2].converged
+
+
+def test_one_runaway_image_stops_the_batch():
+    rates = torch.tensor([[.5], [3.]])
+    with pytest.raises(DivergenceError):
+        fixed_point(lambda x: rates * x + 1, torch.ones(2, 1), memory=1)
+
+
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+def test_a_runaway_network_raises(solver):
+    y, A = problem(size=16)
+    model = DEQ(features=4, num_blocks=1, solver=solver).double().eval()
+    with torch.no_grad():
+        model.denoiser.tail.weight.normal_(std=50., generator=torch.Generator().manual_seed(0))
+    with pytest.raises(DivergenceError):
+        model(y, A)
+
+
+def test_nan_in_the_measurement_is_named():
+    y, A = problem()
+    y[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        tiny()(y * A.mask + y, A.with_mask(torch.ones_like(A.mask)))
+
+
+def test_backward_divergence_says_so():
+    weight = torch.tensor(2., dtype=torch.float64, requires_grad=True)
+    result = attach_gradient(lambda x: weight * x + 1, -torch.ones(1, 1, dtype=torch.float64), memory=1)  # a repelling fixed point
+    with pytest.raises(DivergenceError, match="jacobian-free"):
+        result.sum().backward()
+
+
+# --- the gradient ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+def test_eq4_against_finite_differences(solver):
+    y, A = problem()
+    model = tiny(solver=solver)
+    loss_of(model(y, A)).backward()
+    generator, h = torch.Generator().manual_seed(0), 1e-5
+    for name, weight in model.named_parameters():
+        direction = torch.randn(weight.shape, dtype=torch.float64, generator=generator)
+        values = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                weight += sign * h * direction
+                values.append(loss_of(model(y, A)).item())
+        with torch.no_grad():
+            weight += h * direction
+        expected = (values[0] - values[1]) / (2 * h)
+        assert (weight.grad * direction).sum().item() == pytest.approx(expected, rel=1e-6, abs=1e-8), name
+
+
+def test_eq4_against_unrolled_iterations():
+    y, A = problem(batch=2)
+    y.requires_grad_()
+    model = tiny()
+    found = torch.autograd.grad(loss_of(model(y, A)), [y, *model.parameters()])
+    x = A.adjoint(y)
+    for _ in range(400):
+        x = model.step(x, y, A)
+    expected = torch.autograd.grad(loss_of(x), [y, *model.parameters()])
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_jacobian_free_is_one_application():
+    y, A = problem()
+    model = tiny(gradient="jacobian-free")
+    found = torch.autograd.grad(loss_of(model(y, A)), list(model.parameters()))
+    with torch.no_grad():
+        x = model.search(y, A)[0]
+    expected = torch.autograd.grad(loss_of(model.step(x, y, A)), list(model.parameters()))
+    model.gradient = "implicit"
+    exact = torch.autograd.grad(loss_of(model(y, A)), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(found, exact))
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "jacobian-free"])
+def test_memory_does_not_grow_with_iterations(gradient):
+    y, A = problem(size=16)
+
+    def saved_bytes(iterations: int) -> int:
+        sizes = []
+        model = tiny(gradient=gradient, max_iterations=iterations, tolerance=0.)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t):
+            model(y, A)
+        assert model.last_iterations == iterations
+        return sum(sizes)
+
+    assert saved_bytes(5) == saved_bytes(50) > 0
+
+
+def test_two_backward_passes_accumulate():
+    y, A = problem()
+    model = tiny()
+    for _ in range(2):
+        loss_of(model(y, A)).backward()
+    twice = model.alpha.grad.clone()
+    model.zero_grad()
+    loss_of(model(y, A)).backward()
+    torch.testing.assert_close(twice, 2 * model.alpha.grad)
+
+
+# --- the network -----------------------------------------------------------------------------------------------------------
+
+def test_same_answer_with_and_without_gradients():
+    y, A = problem(dtype=torch.complex64)
+    torch.manual_seed(0)
+    model = DEQ(features=4, num_blocks=1)
+    with torch.no_grad():
+        silent = model(y, A)
+    assert torch.equal(model(y, A).detach(), silent)
+
+
+def test_untrained_paper_size_converges():
+    y, A = problem(size=32, coils=3, dtype=torch.complex64)
+    torch.manual_seed(0)
+    model = DEQ().eval()
+    x_hat, trace = model.solve(y, A, record=False)
+    assert trace.converged and trace.iterations < 60 and x_hat.isfinite().all() and not trace.images
+
+
+def test_solve_records_what_figure_2_needs():
+    y, A = problem(dtype=torch.complex64)
+    torch.manual_seed(0)
+    model = DEQ(features=4, num_blocks=1).eval()
+    x_hat, trace = model.solve(y, A, record=True)
+    assert len(trace.images) == len(trace.residuals) == len(trace.seconds) == trace.iterations == model.last_iterations
+    assert torch.equal(trace.images[-1], x_hat) and min(trace.seconds) > 0 and not x_hat.requires_grad
+    assert not model.last_trace.images, "the model must not keep a hundred images alive"
+
+
+def test_step_by_hand():
+    y, A = problem()
+    model = tiny()
+    x = A.adjoint(y)
+    with torch.no_grad():
+        model.alpha.fill_(.3), model.gamma.fill_(.7)
+        z = x - .7 * A.adjoint(A(x) - y)
+        denoised = model.denoiser(torch.cat([z.real, z.imag], dim=1))
+        torch.testing.assert_close(model.step(x, y, A), .3 * torch.complex(denoised[:, :1], denoised[:, 1:]) + .7 * z)
+
+
+def test_training_may_be_capped():
+    y, A = problem(dtype=torch.complex64)
+    model = DEQ(features=4, num_blocks=1, train_iterations=3, tolerance=1e-6)
+    model.train()(y, A)
+    assert model.last_iterations == 3
+    model.eval()(y, A)
+    assert model.last_iterations > 3
+
+
+def test_settings_changed_later_are_in_the_description():
+    model = DEQ(features=4, num_blocks=1)
+    model.tolerance = 4e-3
+    assert model.config()["tolerance"] == 4e-3 and DEQ(**model.config()).tolerance == 4e-3
+
+
+@pytest.mark.parametrize("settings", [dict(solver="newton"), dict(gradient="exact")])
+def test_unknown_choices_are_named(settings):
+    with pytest.raises(ValueError, match="expected one of"):
+        DEQ(features=2, num_blocks=1, **settings)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['norms', 'relative_step', 'Trace', 'DivergenceError', 'diverged', 'as_real_vectors', 'anderson_mix', 'fixed_point',
-           'attach_gradient', 'DEQ']
+           'attach_gradient', 'start_as_damping', 'DEQ']
 
 # %% ../../nbs/models/12_deq.ipynb #c003
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,12 @@ class DivergenceError(RuntimeError):
 # %% ../../nbs/models/12_deq.ipynb #c013
 def diverged(iteration: int, # which application of the step
     step_length: Tensor, # (B,), its relative length
-    growth: Tensor # (B,), norm of the iterate over that of the start
+    growth: Tensor, # (B,), norm of the iterate over that of the start
+    advice: str # what to try
     ) -> DivergenceError: # to be raised
     "The error for a search that ran away, in one sentence."
-    return DivergenceError(
-        f"The fixed-point iteration diverged at iteration {iteration}: relative step {step_length.max().item():.2e}, iterate {growth.max().item():.2e} times "
-        "as large as at the start; try solver='anderson', a smaller alpha or gamma, a smaller learning rate, or train with a smaller train_iterations.")
+    return DivergenceError(f"The fixed-point iteration diverged at iteration {iteration}: relative step {step_length.max().item():.2e}, "
+                           f"iterate {growth.max().item():.2e} times as large as at the start; try {advice}.")
 
 # %% ../../nbs/models/12_deq.ipynb #c015
 def as_real_vectors(images: Tensor # (B, ...), real or complex
@@ -91,8 +91,11 @@ def fixed_point(
     tolerance: float = 1e-4, # on the relative step of each image (paper, Section 4.1)
     must_progress: bool = True, # raise also if the last step is longer than the first
     keep_images: bool = False, # write the iterates into the trace
+    advice: str = "solver='anderson', a smaller alpha or gamma, a smaller learning rate, or a smaller train_iterations", # for the error
     ) -> tuple[Tensor, Tensor, Trace]: # the last iterate x, T(x), the record
     "Search x = T(x) for each image of a batch; raises `DivergenceError` if an image runs away."
+    if max_iterations < 1: raise ValueError(f"max_iterations must be at least 1, found {max_iterations}.")
+    if not bool(start.isfinite().all()): raise ValueError("the fixed-point search starts from an image that is not finite: check the measurement for NaN and infinity.")
     x, active, trace = start, None, Trace()
     xs, gs = [], []
     for iteration in range(1, max_iterations + 1):
@@ -105,14 +108,14 @@ def fixed_point(
         trace.seconds.append(time.perf_counter() - began)
         if keep_images: trace.images.append(answer.cpu())
         growth = norms(answer) / size.clamp_min(torch.finfo(step_length.dtype).tiny)
-        if not bool((step_length.isfinite() & (growth < 100)).all()): raise diverged(iteration, step_length, growth)
+        if not bool((step_length.isfinite() & (growth < 100)).all()): raise diverged(iteration, step_length, growth, advice)
         still = step_length >= tolerance
         trace.converged = not bool(still.any())
         if trace.converged or iteration == max_iterations: break
         active = still.reshape(-1, *[1] * (x.ndim - 1))
         xs, gs = [*xs, x][-memory:], [*gs, answer][-memory:]
         x = torch.where(active, anderson_mix(xs, gs), x)
-    if must_progress and iteration >= 10 and bool((norms(answer - x) > first_step).any()): raise diverged(iteration, step_length, growth)
+    if must_progress and iteration >= 10 and bool((norms(answer - x) > first_step).any()): raise diverged(iteration, step_length, growth, advice)
     return x, answer, trace
 
 # %% ../../nbs/models/12_deq.ipynb #c022
@@ -133,13 +136,31 @@ def attach_gradient(
         "u = Jᵀu + ∇ℓ; a step is a vector–Jacobian product."
         def adjoint_step(u: Tensor) -> Tensor:
             return torch.autograd.grad(answer, point, u, retain_graph=True)[0] + loss_gradient
-        return fixed_point(adjoint_step, loss_gradient, memory, max_iterations, tolerance)[1]
+        advice = "gradient='jacobian-free' instead of eq. 4, or a smaller learning rate: this was the backward pass"
+        return fixed_point(adjoint_step, loss_gradient, memory, max_iterations, tolerance, advice=advice)[1]
 
     result = answer.clone()  # the hook sits on the copy, so that the products above do not trigger it
     result.register_hook(solve)
     return result
 
 # %% ../../nbs/models/12_deq.ipynb #c032
+@torch.no_grad()
+def start_as_damping(
+    edsr: EDSR, # fresh, 2 channels in and out; changed in place
+    gain: float = .8, # of the identity; 0 for a start near zero
+    rest: float = .1, # factor on the random part
+    ) -> None:
+    "Let a fresh EDSR be about `gain` times the identity."
+    centre = torch.zeros_like(edsr.head.weight[:2].expand(2, -1, -1, -1))
+    centre[0, 0, 1, 1] = centre[1, 1, 1, 1] = 1
+    back = gain * centre.flatten(1) @ torch.linalg.pinv(edsr.head.weight.flatten(1), rtol=.2)  # rtol: few features leave W ill-conditioned
+    for layer in (edsr.body[-1], edsr.tail):
+        layer.weight.mul_(rest)
+        layer.bias.zero_()
+    edsr.tail.weight[:, :, 1, 1] += back
+    edsr.tail.bias -= back @ edsr.head.bias
+
+# %% ../../nbs/models/12_deq.ipynb #c034
 class DEQ(nn.Module):
     "Deep equilibrium model for MRI with an EDSR prior shared by all iterations; 999,428 parameters by default."
     def __init__(self,
@@ -156,7 +177,7 @@ class DEQ(nn.Module):
         train_iterations: int | None = None, # cap on the search in training mode; None: `max_iterations`
         alpha: float = .5, # start of the prior's weight, learnable
         gamma: float = 1., # start of the step size, learnable
-        tail_scale: float = .1): # factor on the prior's last convolution at the start
+        gain: float = .8): # the prior starts as about `gain` times the identity
         super().__init__()
         self.settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         for name, value, choices in (("solver", solver, ("anderson", "plain")), ("gradient", gradient, ("implicit", "jacobian-free"))):
@@ -165,16 +186,15 @@ class DEQ(nn.Module):
         self.max_iterations, self.tolerance, self.memory, self.train_iterations = max_iterations, tolerance, memory, train_iterations
         self.backward_iterations, self.backward_tolerance = backward_iterations, backward_tolerance
         self.denoiser = EDSR(2, 2, features, num_blocks, residual_scale)
-        with torch.no_grad():
-            self.denoiser.tail.weight.mul_(tail_scale)
-            self.denoiser.tail.bias.zero_()
+        start_as_damping(self.denoiser, gain)
         self.alpha, self.gamma = nn.Parameter(torch.tensor(float(alpha))), nn.Parameter(torch.tensor(float(gamma)))
         self.last_iterations = 0  # of the last search
         self.last_trace = Trace()
 
     def config(self) -> dict:
-        "The constructor arguments, fit for JSON."
-        return dict(self.settings)
+        "The constructor arguments, fit for JSON; settings of the search as they are now."
+        changeable = ("solver", "gradient", "max_iterations", "tolerance", "memory", "train_iterations", "backward_iterations", "backward_tolerance")
+        return self.settings | {name: getattr(self, name) for name in changeable}
 
     def operator(self, y: Tensor, A: nn.Module) -> nn.Module:
         "The operator whose maps the network uses: `A` itself."
@@ -191,7 +211,7 @@ class DEQ(nn.Module):
         cap = self.train_iterations if self.training and self.train_iterations is not None else self.max_iterations
         memory = self.memory if self.solver == "anderson" else 1
         found = fixed_point(lambda x: self.step(x, y, A), A.adjoint(y), memory, cap, self.tolerance, not self.training, keep_images)
-        self.last_trace, self.last_iterations = found[2], found[2].iterations
+        self.last_trace, self.last_iterations = replace(found[2], images=[]), found[2].iterations
         return found
 
     def forward(self,

@@ -85,7 +85,7 @@ def normalize(channels: Tensor # real, (B, 2, H, W)
     "Zero mean and unit standard deviation for each image and channel; an empty channel stays zero."
     pixels = channels.flatten(2)
     mean, std = pixels.mean(dim=2)[..., None, None], pixels.std(dim=2)[..., None, None]
-    std = std.clamp_min(torch.finfo(std.dtype).tiny)
+    std = std.clamp_min(1e-20)  # not smaller: in the backward pass a number of this size is divided by it
     return (channels - mean) / std, mean, std
 
 # %% ../../nbs/models/11_unet.ipynb #c026

@@ -135,8 +135,8 @@ class SensitivityModel(nn.Module):
         images = ifft2c(symmetric_centre(mask) * y)
         maps = self.norm_unet(images.flatten(0, 1).unsqueeze(1)).reshape(y.shape)
         parts = torch.view_as_real(maps)  # summed and divided as real numbers, in fastMRI's order: rounding is the same, too
-        rss = parts.square().sum(dim=-1).sum(dim=1, keepdim=True).sqrt()
-        return torch.view_as_complex(parts / rss.clamp_min(torch.finfo(rss.dtype).tiny).unsqueeze(-1))
+        power = parts.square().sum(dim=-1).sum(dim=1, keepdim=True)
+        return torch.view_as_complex(parts / power.clamp_min(1e-30).sqrt().unsqueeze(-1))  # the bound only acts where all coils are silent
 
 # %% ../../nbs/models/13_varnet.ipynb #c035
 class E2EVarNet(VarNet):
@@ -153,6 +153,7 @@ class E2EVarNet(VarNet):
 
     def operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
         "The operator with the mask of `A` and the coil maps that the network estimates from `y`."
+        A.check("k-space", y, A.maps.shape[1])
         return A.with_maps(self.sens_net(y, A.mask))
 
 # %% ../../nbs/models/13_varnet.ipynb #c043

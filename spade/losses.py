@@ -10,7 +10,6 @@ __all__ = ['Loss', 'LOSSES', 'STRATEGIES', 'as_real', 'smooth_l1', 'squared_erro
 
 # %% ../nbs/21_losses.ipynb #c003
 import copy
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -190,13 +189,10 @@ class Supervised(Strategy):
         return {"strategy": self.name, "loss": self.loss.__name__}
 
 # %% ../nbs/21_losses.ipynb #c058
-def weights_key(model: nn.Module) -> str:
-    "Sixteen hexadecimal digits that change when any weight, name or width of `model` does."
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+def weights_key(weights: nn.Module | dict[str, Tensor]) -> str:
+    "Sixteen hexadecimal digits that change when any weight, name or width of a model, or of its state dict, does."
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    return content_key(*(part for name in sorted(state) for part in (name, state[name])))
 
 # %% ../nbs/21_losses.ipynb #c060
 class School(Strategy):

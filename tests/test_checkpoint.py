@@ -1,0 +1,174 @@
+"""Checkpoints: bit-identical round trips, pruned widths, foreign networks, kills and full disks, and files that are not what they should be."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import spade.checkpoint
+from spade.checkpoint import layer_widths, load, save
+from spade.models import DEQ, E2EVarNet, VarNet
+from spade.operators import MultiCoilMRI, normalize_maps
+from spade.pruning import prune, randomize
+
+NETWORKS = {"DEQ": lambda: DEQ(features=10, num_blocks=1, max_iterations=4, alpha=0.3), "VarNet": lambda: VarNet(num_cascades=2, channels=5, num_pools=2),
+            "E2EVarNet": lambda: E2EVarNet(num_cascades=1, channels=5, num_pools=2, sens_channels=3, sens_num_pools=2)}
+
+
+def make(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return NETWORKS[name]().eval()
+
+
+def measurement():
+    g = torch.Generator().manual_seed(0)
+    A = MultiCoilMRI(torch.arange(32) % 3 < 2, normalize_maps(torch.randn(2, 3, 32, 32, dtype=torch.complex64, generator=g)))
+    return A(torch.randn(2, 1, 32, 32, dtype=torch.complex64, generator=g)), A
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("ratio", [None, 0.10, 0.40])
+def test_round_trip_is_bit_identical(tmp_path, name, ratio):
+    model = make(name) if ratio is None else prune(make(name), ratio)
+    save(model, tmp_path / "m")
+    state = torch.random.get_rng_state()
+    back = load(tmp_path / "m.safetensors")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert type(back) is type(model) and back.config() == model.config() and layer_widths(back) == layer_widths(model) and not back.training
+    assert list(back.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(model.state_dict().values(), back.state_dict().values()))
+    with torch.no_grad():
+        assert torch.equal(model(*measurement()), back(*measurement()))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_prune_save_load_prune_again(tmp_path, name):
+    student = prune(make(name), 0.20)
+    save(student, tmp_path / "m")
+    a, b = prune(student, 0.40), prune(load(tmp_path / "m"), 0.40)
+    assert a.pruning_report.groups == b.pruning_report.groups
+    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_loaded_network_trains_and_can_start_at_random(tmp_path):
+    save(prune(make("DEQ"), 0.40), tmp_path / "m")
+    back = load(tmp_path / "m")
+    back(*measurement()).abs().sum().backward()
+    assert all(p.requires_grad and p.grad is not None for p in back.denoiser.parameters())
+    assert randomize(back, 0).denoiser.head.out_channels == back.denoiser.head.out_channels
+
+
+def test_description_for_people_is_the_one_in_the_header(tmp_path):
+    save(prune(make("VarNet"), 0.40), tmp_path / "m", seed=3, data={"train": 5})
+    text = json.loads((tmp_path / "m.json").read_text())
+    assert text == spade.checkpoint.read(tmp_path / "m")[1]
+    assert text["model"] == "VarNet" and text["provenance"] == {"seed": 3, "data": {"train": 5}} and text["config"]["num_cascades"] == 2
+    (tmp_path / "m.json").unlink()
+    load(tmp_path / "m")  # the header is enough
+
+
+def test_double_precision_and_a_dot_in_the_name(tmp_path):
+    save(make("DEQ").double(), tmp_path / "run-0.40")
+    assert (tmp_path / "run-0.40.safetensors").exists() and load(tmp_path / "run-0.40").alpha.dtype == torch.float64
+
+
+class Foreign(nn.Module):
+    def __init__(self, width=8, extra=False):
+        super().__init__()
+        self.a, self.n, self.d, self.b = nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, groups=width), nn.ConvTranspose2d(width, 1, 2)
+        if extra:
+            self.c = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        return self.b(self.d(torch.relu(self.n(self.a(x)))))
+
+
+def test_foreign_network(tmp_path):
+    model, x = Foreign(), torch.randn(2, 1, 12, 12)
+    model(x)  # moves the running mean
+    thin = prune(model.eval(), 0.50, priors=[(model, x, [model.b])])
+    save(thin, tmp_path / "m")
+    skeleton = Foreign()
+    back = load(tmp_path / "m", model=skeleton)
+    assert torch.equal(back(x), thin(x)) and back.d.groups == 4 and skeleton.d.groups == 8
+    with pytest.raises(ValueError, match="none of DEQ, VarNet, E2EVarNet.*pass model="):
+        load(tmp_path / "m")
+    with pytest.raises(ValueError, match="another architecture than this Foreign: they differ in 'c"):
+        load(tmp_path / "m", model=Foreign(extra=True))
+    with pytest.raises(ValueError, match="holds a Foreign, but model is a DEQ"):
+        load(tmp_path / "m", model=make("DEQ"))
+
+
+def test_another_architecture(tmp_path):
+    save(make("VarNet"), tmp_path / "m")
+    with pytest.raises(ValueError, match="another architecture"):
+        load(tmp_path / "m", model=VarNet(num_cascades=3, channels=5, num_pools=2))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere.safetensors"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("length", [0, 5, 300, -1])
+def test_truncated_file(tmp_path, length):
+    save(make("DEQ"), tmp_path / "m")
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        load(tmp_path / "m")
+
+
+def test_file_without_a_description(tmp_path):
+    save_file({"w": torch.zeros(1)}, str(tmp_path / "m.safetensors"))
+    with pytest.raises(ValueError, match="no description of a network"):
+        load(tmp_path / "m")
+    torch.save(make("DEQ").state_dict(), tmp_path / "p.safetensors")  # a pickle is never opened
+    with pytest.raises(ValueError, match="no safetensors file"):
+        load(tmp_path / "p")
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    old = make("DEQ")
+    save(old, tmp_path / "m")
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(spade.checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(make("DEQ", seed=1), tmp_path / "m")
+    assert torch.equal(load(tmp_path / "m").denoiser.head.weight, old.denoiser.head.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "m.safetensors"]
+
+
+SCRIPT = """
+import sys, time
+import spade.checkpoint as c
+from spade.models import DEQ
+def slowly(tensors, path, metadata):
+    open(path, "wb").write(b"half of it"); open({started!r}, "w").close(); time.sleep(60)
+c.save_file = slowly
+c.save(DEQ(features=4, num_blocks=1), {path!r})
+"""
+
+
+def test_kill_while_saving_keeps_the_old_checkpoint(tmp_path):
+    old = make("DEQ")
+    save(old, tmp_path / "m")
+    code = SCRIPT.format(started=str(tmp_path / "started"), path=str(tmp_path / "m"))
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.equal(load(tmp_path / "m").denoiser.head.weight, old.denoiser.head.weight)

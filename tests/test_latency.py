@@ -1,0 +1,96 @@
+"""Timing: turns, modes, threads, equal tolerance, the paper's inputs."""
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from spade.latency import measure, num_threads, one_iteration, paper_inputs
+from spade.models import DEQ, VarNet
+from spade.pruning import prune
+
+
+class Recorder(nn.Module):
+    """Writes down when it is called, and in what state."""
+    def __init__(self, name: str, calls: list, seconds: float = 0.0):
+        super().__init__()
+        self.name, self.calls, self.seconds, self.inner = name, calls, seconds, nn.Dropout()
+
+    def forward(self, y, A):
+        self.calls.append((self.name, self.training or self.inner.training, torch.is_inference_mode_enabled(), torch.get_num_threads()))
+        time.sleep(self.seconds)
+
+
+def test_models_take_turns_in_eval_mode_and_are_put_back():
+    calls = []
+    models = {name: Recorder(name, calls) for name in "ab"}
+    models["b"].eval()
+    measure(models, torch.zeros(1), nn.Identity(), repeats=2, warmup=1, threads=1)
+    assert [c[0] for c in calls] == ["a", "b"] * 3
+    assert all(c[1:] == (False, True, 1) for c in calls)
+    assert models["a"].training and models["a"].inner.training and not models["b"].training
+
+
+def test_warmup_is_not_counted_and_numbers_are_those_of_the_clock():
+    calls = []
+
+    class WarmsUp(Recorder):
+        def forward(self, y, A):
+            time.sleep(0.3 if len(self.calls) < 1 else 0.01)
+            self.calls.append(1)
+    frame = measure({"slow": Recorder("slow", [], 0.04), "warm": WarmsUp("warm", calls)}, torch.zeros(1), nn.Identity(), repeats=5, warmup=1)
+    assert list(frame.columns) == ["seconds", "lower_quartile", "upper_quartile", "speed_up", "iterations"] and frame.index.name == "model"
+    assert 0.04 <= frame.loc["slow", "seconds"] < 0.06 and 0.01 <= frame.loc["warm", "upper_quartile"] < 0.05
+    assert frame.loc["slow", "speed_up"] == 1 and 1.5 < frame.loc["warm", "speed_up"] < 4.5
+    assert "median of 5" in frame.attrs["measured_on"]
+
+
+def test_modes_are_put_back_after_an_error():
+    class Fails(nn.Module):
+        def forward(self, y, A):
+            raise RuntimeError("out of memory")
+    model, threads = Fails(), torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure({"m": model}, torch.zeros(1), nn.Identity(), threads=2)
+    assert model.training and torch.get_num_threads() == threads
+
+
+def test_unequal_tolerance_is_refused():
+    loose, strict = (DEQ(features=4, num_blocks=1, tolerance=t) for t in (4e-3, 1e-4))
+    with pytest.raises(ValueError, match="equal solver tolerance.*strict: 0.0001 within 100, loose: 0.004 within 100"):
+        measure({"strict": strict, "loose": loose}, *paper_inputs((16, 16), 2))
+
+
+def test_iterations_of_a_deq_are_reported():
+    torch.manual_seed(0)
+    deq = DEQ(features=4, num_blocks=1, max_iterations=3)
+    frame = measure({"deq": deq, "pruned": prune(deq, 0.40), "varnet": VarNet(1, 4, 1)}, *paper_inputs((16, 16), 2), repeats=1, warmup=0)
+    assert frame["iterations"].tolist()[:2] == [3, 3] and frame["iterations"].isna().tolist() == [False, False, True]
+
+
+def test_one_iteration():
+    deq, (y, A) = DEQ(features=4, num_blocks=1), paper_inputs((16, 16), 2)
+    assert torch.equal(one_iteration(deq)(y, A), deq.step(A.adjoint(y), y, A))
+    with pytest.raises(TypeError, match="VarNet has no step"):
+        one_iteration(VarNet(1, 4, 1))
+
+
+def test_paper_inputs():
+    y, A = paper_inputs(batch_size=2)
+    assert y.shape == (2, 16, 320, 320) and y.dtype == torch.complex64
+    assert torch.allclose(A.maps.abs().square().sum(1), torch.ones(()), atol=1e-5)
+    assert torch.equal(y, paper_inputs(batch_size=2)[0]) and not torch.equal(y, paper_inputs(batch_size=2, seed=1)[0])
+    assert A.mask.reshape(-1, 320)[0, 160] and 1 / 6 < A.sampling_rate < 0.3
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with num_threads(2) as used:
+        assert used == torch.get_num_threads() == 2
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("arguments", [dict(models={}), dict(repeats=0), dict(warmup=-1)])
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match="expected at least one model"):
+        measure(**(dict(models={"a": nn.Identity()}, y=torch.zeros(1), A=nn.Identity()) | arguments))

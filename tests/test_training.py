@@ -1,0 +1,372 @@
+"""The training loop: kills and interruptions, resuming bit by bit, refusing another run's folder, non-finite losses, data of every kind."""
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import spade.training
+from spade.losses import Strategy, make_strategy
+from spade.models import DEQ, DivergenceError, E2EVarNet, VarNet
+from spade.operators import MultiCoilMRI, normalize_maps
+from spade.pruning import prune
+from spade.training import epoch_batches, finetune, own_randomness, train
+
+
+class Batch(NamedTuple):
+    y: torch.Tensor
+    A: nn.Module
+    x: Any
+    info: dict
+
+
+def item(seed: int, width: int = 16) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    maps = normalize_maps(torch.randn(1, 2, 16, width, dtype=torch.complex64, generator=g))[0]
+    return dict(x=torch.randn(1, 16, width, dtype=torch.complex64, generator=g), maps=maps, mask=(torch.arange(width) + 2) % 3 < 2, number=seed)
+
+
+def collate(items: list[dict]) -> Batch:
+    A = MultiCoilMRI(items[0]["mask"], torch.stack([i["maps"] for i in items]))
+    x = torch.stack([i["x"] for i in items])
+    return Batch(A(x), A, x, {"number": [i["number"] for i in items]})
+
+
+def batches(count: int = 3) -> list[Batch]:
+    return [collate([item(seed)]) for seed in range(count)]
+
+
+class Slices(Dataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return item(i)
+
+
+class TinyCNN(nn.Module):
+    """Zero-filled image plus a learned correction, with dropout: the loop must make that repeatable, too."""
+    def __init__(self):
+        super().__init__()
+        self.cnn = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.2), nn.Conv2d(8, 2, 3, padding=1))
+
+    def forward(self, y, A):
+        z = A.adjoint(y)
+        out = self.cnn(torch.cat([z.real, z.imag], 1)).float()
+        return z + torch.complex(out[:, :1], out[:, 1:])
+
+
+def tiny(seed: int = 0) -> TinyCNN:
+    torch.manual_seed(seed)
+    return TinyCNN()
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def fit(model, steps, strategy="supervised", data=None, **settings):
+    settings = dict(learning_rate=1e-3, progress=False) | settings
+    return train(model, batches() if data is None else data, make_strategy(strategy, teacher=tiny(1)), steps=steps, **settings)
+
+
+def fitted(steps, **settings):
+    model = tiny()
+    fit(model, steps, **settings)
+    return weights(model)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(strategy="school"), dict(strategy="self-supervised"), dict(accumulate=2), dict(clip=0.1),
+                                      dict(mixed_precision="bf16"), dict(validate=lambda m: -weights(m).norm().item(), validate_every=2, keep_best=True)])
+def test_resumed_run_ends_with_the_same_weights_bit_by_bit(tmp_path, settings):
+    undisturbed = fitted(8, folder=tmp_path / "a", **settings)
+    fitted(5, folder=tmp_path / "b", **settings)
+    assert torch.equal(fitted(8, folder=tmp_path / "b", **settings), undisturbed)
+    assert torch.equal(fitted(8, **settings), undisturbed)  # with no folder at all
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_resumed_run_reads_a_data_loader_in_the_same_order(tmp_path, shuffle):
+    def loader():
+        return DataLoader(Slices(), batch_size=2, shuffle=shuffle, collate_fn=collate)
+    undisturbed = fitted(8, data=loader())
+    fitted(4, data=loader(), folder=tmp_path)
+    torch.manual_seed(99)  # the caller's generator decides nothing
+    assert torch.equal(fitted(8, data=loader(), folder=tmp_path), undisturbed)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch, **shard):
+        with own_randomness():
+            return [b.info["number"] for b in epoch_batches(DataLoader(Slices(), batch_size=1, shuffle=True, collate_fn=collate), seed, epoch, **shard)]
+    assert order(0, 0) == order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
+    assert order(0, 0, start=2) == order(0, 0)[2:]
+    assert order(0, 0, rank=1, world=2) == order(0, 0)[1::2]
+
+
+def test_callers_generator_is_left_alone():
+    model, strategy, data = tiny(), make_strategy("supervised"), batches()
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    train(model, data, strategy, steps=2, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import test_training as t
+def slow(batch):
+    import time; time.sleep({pause}); return batch
+class Slowly(list):
+    def __iter__(self):
+        return (slow(b) for b in super().__iter__())
+model = t.tiny()
+t.fit(model, 12, data=Slowly(t.batches()), folder={folder!r}, checkpoint_every=2)
+torch.save(t.weights(model), {folder!r} + "/end.pt")
+"""
+
+
+def start(folder: Path, pause: float) -> subprocess.Popen:
+    code = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), pause=pause)
+    root = str(Path(__file__).resolve().parents[1])
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not (folder / "training.safetensors").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def steps_done(folder: Path) -> int:
+    with safe_open(str(folder / "training.safetensors"), framework="pt") as file:
+        return len(json.loads(file.metadata()["training"])["log"]["losses"])
+
+
+def test_killed_run_goes_on_bit_by_bit(tmp_path):
+    process = start(tmp_path, pause=0.2)
+    wait_for_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 < steps_done(tmp_path) < 12 and not (tmp_path / "end.pt").exists()
+    second = start(tmp_path, pause=0)
+    assert second.wait(60) == 0, second.stderr.read()
+    second.stderr.close()
+    assert torch.equal(torch.load(tmp_path / "end.pt", weights_only=True), fitted(12))
+
+
+def test_interrupted_run_leaves_a_checkpoint_of_the_step_it_finished(tmp_path):
+    process = start(tmp_path, pause=0.3)
+    wait_for_checkpoint(tmp_path, process)
+    time.sleep(0.35)  # past a checkpointed step
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt: stopped after step" in error
+    done = steps_done(tmp_path)
+    assert f"after step {done} of 12" in error
+    assert torch.equal(fitted(12, folder=tmp_path), fitted(12))
+
+
+def test_finished_run_is_not_trained_further(tmp_path):
+    first = fitted(4, folder=tmp_path)
+    model = tiny()
+    log = fit(model, 4, folder=tmp_path)
+    assert log.resumed_at == 4 and len(log.losses) == 4 and torch.equal(weights(model), first) and not model.training
+
+
+def test_interrupted_model_itself_can_go_on(tmp_path):
+    model = tiny()
+    fit(model, 3, folder=tmp_path)  # now holds the weights of the checkpoint, not those of the start
+    fit(model, 6, folder=tmp_path)
+    assert torch.equal(weights(model), fitted(6))
+
+
+@pytest.mark.parametrize("change, said", [(dict(learning_rate=2e-3), "learning_rate was 0.001 and is now 0.002"), (dict(strategy="school"), "strategy was"),
+                                          (dict(seed=1), "seed was 0 and is now 1"), (dict(data=batches(2)), "batches_per_epoch was 3 and is now 2")])
+def test_other_settings_are_refused(tmp_path, change, said):
+    fitted(2, folder=tmp_path)
+    before = (tmp_path / "training.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=said):
+        fitted(4, folder=tmp_path, **change)
+    assert (tmp_path / "training.safetensors").read_bytes() == before
+
+
+def test_other_network_weights_and_teacher_are_refused(tmp_path):
+    fitted(2, folder=tmp_path)
+    with pytest.raises(ValueError, match="network was 'TinyCNN' and is now 'VarNet'"):
+        fit(VarNet(num_cascades=1, channels=2, num_pools=1), 4, folder=tmp_path)
+    with pytest.raises(ValueError, match="other weights"):
+        fit(tiny(7), 4, folder=tmp_path)
+    fitted(2, folder=tmp_path / "school", strategy="school")
+    with pytest.raises(ValueError, match="teacher was"):
+        train(tiny(), batches(), make_strategy("school", teacher=tiny(8)), steps=4, learning_rate=1e-3, folder=tmp_path / "school", progress=False)
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    fitted(2, folder=tmp_path)
+    file = tmp_path / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is no checkpoint of a training run"):
+        fitted(4, folder=tmp_path)
+
+
+def test_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    fitted(2, folder=tmp_path)
+    before = (tmp_path / "training.safetensors").read_bytes()
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(spade.training, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        fitted(4, folder=tmp_path)
+    assert (tmp_path / "training.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["training.safetensors"]
+
+
+class Poisoned(Strategy):
+    """Finite until step `at`; then a loss that is not, or a finite loss with a gradient that is not, or a DEQ that runs away."""
+    name, needs_ground_truth = "poisoned", True
+
+    def __init__(self, at: int, kind: str):
+        self.at, self.kind, self.calls = at, kind, 0
+
+    def __call__(self, model, batch, generator):
+        self.calls += 1
+        loss = model(batch.y, batch.A).abs().square().mean()
+        if self.calls < self.at:
+            return loss
+        if self.kind == "diverges":
+            raise DivergenceError("ran away")
+        if self.kind == "loss":
+            return loss * math.nan
+        zero = sum(p.sum() for p in model.parameters()) * 0
+        return loss + torch.sqrt(zero.clamp_min(0)) * 0  # value finite, derivative of the root at 0 is not
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "diverges"])
+def test_non_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path, kind):
+    model = tiny()
+    with pytest.raises(FloatingPointError, match="in step 5 at learning rate 0.001"):
+        train(model, batches(), Poisoned(5, kind), steps=9, learning_rate=1e-3, folder=tmp_path, checkpoint_every=2, progress=False)
+    good = tiny()
+    train(good, batches(), Poisoned(99, kind), steps=3, learning_rate=1e-3, progress=False)  # the fourth loss was finite: its weights had three updates
+    assert torch.equal(weights(model), weights(good))
+    assert steps_done(tmp_path) == 4
+
+
+def test_exploding_learning_rate_is_stopped_by_the_deq():
+    torch.manual_seed(0)
+    model = DEQ(features=4, num_blocks=1, max_iterations=20)
+    with pytest.raises(FloatingPointError, match="at learning rate 1000"):
+        train(model, batches(), make_strategy("supervised"), steps=20, learning_rate=1000.0, progress=False)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("network", [DEQ, VarNet, E2EVarNet])
+@pytest.mark.parametrize("strategy", ["supervised", "school", "self-supervised"])
+def test_every_network_with_every_strategy_and_precision(network, strategy, precision):
+    torch.manual_seed(0)
+    arguments = dict(features=6, num_blocks=1, max_iterations=6) if network is DEQ else dict(num_cascades=1, channels=4, num_pools=1)
+    arguments |= dict(sens_channels=2, sens_num_pools=1) if network is E2EVarNet else {}
+    teacher = network(**arguments)
+    student = prune(teacher, 0.40)
+    before = weights(student).clone()
+    log = finetune(student, batches(2), strategy, teacher=teacher, steps=2, mixed_precision=precision, progress=False)
+    assert all(math.isfinite(loss) for loss in log.losses) and not torch.equal(weights(student), before)
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    from spade.data import MultiCoilSlices
+    from spade.phantom import simulate
+    folder = tmp_path_factory.mktemp("scans")
+    files = simulate(folder, num_subjects=2, slices_per_subject=2, shape=(64, 64), num_coils=4, seed=0, progress=False)
+    return MultiCoilSlices(files, acceleration=4, acs_fraction=0.2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_datasets_of_the_package_resume_bit_by_bit(tmp_path, slices, batch_size):
+    undisturbed = fitted(6, data=slices, batch_size=batch_size)
+    for steps in (3, 6):
+        resumed = fitted(steps, data=slices, batch_size=batch_size, folder=tmp_path)
+    assert torch.equal(undisturbed, resumed)
+    assert not torch.equal(undisturbed, fitted(6, data=slices, batch_size=batch_size, seed=1))
+
+
+def test_measurements_without_ground_truth_are_enough_for_school_and_self_supervised(slices):
+    for strategy in ("school", "self-supervised"):
+        assert torch.equal(fitted(3, data=slices.measurements(), strategy=strategy), fitted(3, data=slices, strategy=strategy))
+    with pytest.raises(ValueError, match="needs a ground truth"):
+        fitted(3, data=slices.measurements())
+
+
+def test_foreign_datasets_come_as_data_loaders():
+    with pytest.raises(TypeError, match="pass a DataLoader"):
+        fit(tiny(), 1, data=Slices())
+
+
+def test_frozen_parameters_stay_and_all_frozen_is_refused():
+    model = tiny()
+    model.cnn[0].requires_grad_(False)
+    before = model.cnn[0].weight.clone()
+    fit(model, 2)
+    assert torch.equal(model.cnn[0].weight, before) and not torch.equal(model.cnn[3].weight, tiny().cnn[3].weight)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        fit(model.requires_grad_(False), 2)
+
+
+def test_validation_keeps_the_best_and_never_trains_on_it():
+    scores = iter([1.0, 3.0, 2.0])
+    model, seen = tiny(), []
+
+    def validate(m):
+        assert not m.training and not torch.is_grad_enabled()
+        seen.append(weights(m).clone())
+        return next(scores)
+    log = fit(model, 6, validate=validate, validate_every=2, keep_best=True)
+    assert log.validation == [(2, 1.0), (4, 3.0), (6, 2.0)] and log.best_step == 4
+    assert torch.equal(weights(model), seen[1]) and torch.equal(seen[2], fitted(6))
+
+
+def test_epochs_and_the_log():
+    model = tiny()
+    log = train(model, batches(3), make_strategy("supervised"), epochs=2, learning_rate=1e-3, schedule="cosine", warmup=2, progress=False)
+    frame = log.to_frame()
+    assert log.steps == 6 and list(frame.columns) == ["loss", "learning_rate", "seconds", "validation"] and frame["learning_rate"].idxmax() == 3
+
+
+def test_exhausted_iterator_is_named():
+    with pytest.raises(ValueError, match="data gave no batch in epoch 1"):
+        fit(tiny(), 2, data=[])
+    with pytest.raises(ValueError, match="read more than once"):
+        fit(tiny(), 4, data=iter(batches(2)))
+
+
+@pytest.mark.parametrize("settings, said", [(dict(steps=2, epochs=2), "either steps or epochs"), (dict(steps=1, lr=1), "unknown setting 'lr'; choose among"),
+                                            (dict(steps=1, schedule="linear"), "choose one of constant, cosine"), (dict(steps=1, learning_rate=0), "positive number")])
+def test_bad_settings(settings, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        train(tiny(), batches(), make_strategy("supervised"), **settings)
+
+
+def test_bad_strategy():
+    with pytest.raises(ValueError, match="unknown strategy 'homework'; choose one of"):
+        finetune(tiny(), batches(), "homework")
+    with pytest.raises(ValueError, match="needs teacher="):
+        finetune(tiny(), batches(), "school")

@@ -119,9 +119,7 @@ def dominant_eigenvectors(
 ) -> Tensor:                 # complex `(coils, pixels)`
     "The unit eigenvector of the largest eigenvalue where that exceeds `crop`, 0 elsewhere."
     result = torch.zeros_like(matrices[0])
-    squares = torch.view_as_real(matrices).square().sum(dim=(0, 1, 3))
-    pixels = (squares > crop**2).nonzero().squeeze(1)
-    matrices = matrices[..., pixels]
+    pixels = torch.arange(matrices.shape[-1], device=matrices.device)
     vectors = torch.ones_like(matrices[0])
     for _ in range(rounds):
         _, before = power_steps(matrices, vectors, 9) # nine unnormalised steps are safe: 0.1 to the ninth is 1e-9

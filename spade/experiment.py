@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['NOT_IN_KEY', 'CRITERION', 'Run', 'acquisition_files', 'datasets', 'checksum', 'data_checksum', 'build_network',
-           'shipped_teacher', 'find_teacher', 'loop_settings', 'use_device', 'to_device', 'notebook_path', 'code_key',
-           'run_key', 'tidy', 'write_csv', 'write_images', 'picture_batch', 'summarize', 'write_result', 'is_complete']
+           'shipped_teacher', 'find_teacher', 'loop_settings', 'use_device', 'notebook_path', 'without_comments',
+           'code_key', 'run_key', 'tidy', 'write_csv', 'write_images', 'picture_batch', 'summarize', 'write_result',
+           'copy_checkpoint', 'clear_state', 'peak_memory_mb', 'is_complete', 'latency_networks', 'latency_key']
 
 # %% ../nbs/26_experiment.ipynb #c003
+import ast
 import os
+import resource
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -25,7 +29,8 @@ from .data import Batch, MultiCoilSlices, collate, find_files, split_subjects
 from .files import atomic_write, content_key, read_json, write_json
 from .models import NETWORKS, build
 from .losses import STRATEGIES
-from .profiles import STARTS, Profile, Training, as_plain, choose, pick_device, project_root, provenance, resolve
+from .profiles import STARTS, Profile, Training, as_plain, choose, describe_device, pick_device, project_root, provenance, resolve
+from .pruning import prune
 
 # %% ../nbs/26_experiment.ipynb #c005
 @dataclass(frozen=True)
@@ -146,12 +151,6 @@ def use_device(profile: Profile) -> torch.device:
     torch.set_num_threads(profile.threads)
     return device
 
-
-def to_device(batches: Iterable[Batch], device: torch.device) -> Iterable[Batch]:
-    """The same batches with measurement, operator and ground truth on `device`."""
-    for batch in batches:
-        yield batch._replace(y=batch.y.to(device), A=batch.A.to(device), x=None if batch.x is None else batch.x.to(device))
-
 # %% ../nbs/26_experiment.ipynb #c027
 #: modules without influence on a run's numbers
 NOT_IN_KEY: tuple[str, ...] = ("__init__", "_modidx", "paper", "report", "batch", "latency")
@@ -162,6 +161,11 @@ def notebook_path(name: str) -> Path:
     return project_root() / "nbs" / "experiments" / f"{name}.ipynb"
 
 
+def without_comments(source: str) -> str:
+    """Python source in a normal form: a changed comment or line break changes no number."""
+    return ast.unparse(ast.parse(source))
+
+
 def code_key(notebook: str) -> str:
     """Key of the code cells of an experiment notebook, its parameters aside, and of the library that it uses."""
     cells = nbformat.read(notebook_path(notebook), as_version=4).cells if notebook_path(notebook).is_file() else []
@@ -169,7 +173,7 @@ def code_key(notebook: str) -> str:
     package = Path(checkpoint.__file__).parent
     modules = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))
                if path.stem not in NOT_IN_KEY or path.parent != package}
-    return content_key(code, modules)
+    return content_key([without_comments(cell) for cell in code], {name: without_comments(text) for name, text in modules.items()})
 
 # %% ../nbs/26_experiment.ipynb #c028
 def run_key(run: Run, profile: Profile, teacher: str = "", data: str = "") -> str:
@@ -235,9 +239,46 @@ def write_result(run: Run, profile: Profile, out: str | Path, key: str, metrics:
     return write_json(folder / "result.json", record)
 
 # %% ../nbs/26_experiment.ipynb #c043
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint, weights and description, as it is."""
+    for old, new in zip(checkpoint.paths(source), checkpoint.paths(target)):
+        if old.is_file():
+            atomic_write(new, lambda part: shutil.copyfile(old, part))
+
+
+def clear_state(folder: Path) -> None:
+    """Remove the training state of a completed run."""
+    shutil.rmtree(folder / "state", ignore_errors=True)
+
+
+def peak_memory_mb() -> int:
+    """The most memory that this process has held so far, in MB: the GPU's where there is one in use, otherwise the main memory's."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)     # Linux counts kilobytes
+
+# %% ../nbs/26_experiment.ipynb #c045
 def is_complete(run: Run, out: str | Path, key: str) -> bool:
     """True if the run's result is there and was made with this key."""
     try:
         return read_json(run.folder(out) / "result.json")["key"] == key
     except (FileNotFoundError, ValueError, KeyError):
         return False
+
+# %% ../nbs/26_experiment.ipynb #c048
+def latency_networks(network: str, profile: Profile) -> dict[float, nn.Module]:
+    """By ratio, 0 for the unpruned one: the networks whose time is measured."""
+    timing = profile.latency
+    arguments = dict(profile.networks[network].arguments) if timing.size == "profile" else {}
+    if network == "deq":
+        arguments |= {"max_iterations": timing.iterations, "tolerance": 0.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unpruned = build(network, **arguments).eval()
+    return {0.0: unpruned} | {ratio: prune(unpruned, ratio) for ratio in profile.ratios}
+
+
+def latency_key(network: str, profile: Profile) -> str:
+    """The key of a measurement of time."""
+    size = as_plain(profile.networks[network])["arguments"] if profile.latency.size == "profile" else {}
+    return content_key(network, as_plain(profile.latency), list(profile.ratios), size, describe_device(profile.device))

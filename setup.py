@@ -19,7 +19,6 @@ setup(
     version=cfg["version"],
     description=cfg["description"],
     author=cfg["author"],
-    author_email=cfg["author_email"],
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["spade", "spade.*"]),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['flush_to_disk', 'atomic_write', 'plain', 'write_json', 'read_json', 'part_bytes', 'content_key']
 
-# %% ../nbs/02_files.ipynb #c002
+# %% ../nbs/02_files.ipynb #c003
 import hashlib
 import json
 import os
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# %% ../nbs/02_files.ipynb #c003
+# %% ../nbs/02_files.ipynb #c005
 def flush_to_disk(path: Path) -> None:
     "Wait until a file or folder is on the disk, not only in memory."
     descriptor = os.open(path, os.O_RDONLY)
@@ -27,17 +27,19 @@ def flush_to_disk(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-# %% ../nbs/02_files.ipynb #c004
+# %% ../nbs/02_files.ipynb #c007
 def atomic_write(
     path: str | Path,                # where the file shall be; folders are made as needed
-    write: Callable[[Path], object], # writes a file at the path it is given
+    write: Callable[[Path], object], # makes a file at the path that it is given
 ) -> Path:                           # `path`
-    "Let `write` make a file elsewhere and move it to `path` when complete; on failure an old file survives."
+    "Make a file elsewhere and move it to `path` when complete. On any failure an old file survives and no rest is left."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         write(folder / path.name)
+        if not (folder / path.name).is_file():
+            raise FileNotFoundError(f"nothing was written for {path}: `write` must make the file that it is given.")
         flush_to_disk(folder / path.name)
         os.replace(folder / path.name, path)
         if os.name == "posix": # elsewhere a folder cannot be opened
@@ -46,49 +48,54 @@ def atomic_write(
         shutil.rmtree(folder, ignore_errors=True)
     return path
 
-# %% ../nbs/02_files.ipynb #c005
+# %% ../nbs/02_files.ipynb #c014
 def plain(value: Any) -> Any:
-    "What JSON does not know, as something it knows: paths, NumPy and torch scalars and arrays."
+    "What JSON does not know, as something it knows: paths, and NumPy and torch scalars and arrays."
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
         return value.tolist()
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}.")
 
-# %% ../nbs/02_files.ipynb #c006
-def write_json(path: str | Path, obj: Any) -> Path:
-    "Write `obj` as indented JSON, whole or not at all."
+# %% ../nbs/02_files.ipynb #c015
+def write_json(
+    path: str | Path,
+    obj: Any, # dicts, lists, strings, numbers, paths, arrays, tensors
+) -> Path:    # `path`
+    "Write `obj` as indented JSON, whole or not at all. Raises `TypeError` for what JSON cannot hold."
     text = json.dumps(obj, indent=2, default=plain, ensure_ascii=False) + "\n"
     return atomic_write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/02_files.ipynb #c007
+# %% ../nbs/02_files.ipynb #c016
 def read_json(path: str | Path) -> Any:
-    "Read JSON. Raises `FileNotFoundError`, or `ValueError` for a damaged file, naming it."
+    "Read JSON. Raises `FileNotFoundError`, or `ValueError` for a damaged file, with its name."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; expected a JSON file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it and make it again.") from None
+        raise ValueError(f"{path} is not valid JSON ({error}); expected a whole file, so delete it and make it again.") from None
 
-# %% ../nbs/02_files.ipynb #c008
+# %% ../nbs/02_files.ipynb #c024
 def part_bytes(part: Any) -> bytes:
     "A part of a key as bytes that differ whenever type, shape or content do."
     if isinstance(part, torch.Tensor):
         part = part.detach().cpu().resolve_conj().resolve_neg().numpy()
-    if isinstance(part, np.ndarray):
-        return f"array {part.dtype.str} {part.shape} ".encode() + np.ascontiguousarray(part).tobytes()
+    if isinstance(part, (np.ndarray, np.generic)):
+        return f"array {part.dtype.str} {part.shape} ".encode() + part.tobytes()
     if isinstance(part, bytes):
         return b"bytes " + part
     try:
         return b"json " + json.dumps(part, sort_keys=True).encode()
     except TypeError:
         raise TypeError(f"content_key takes JSON values, tensors, arrays and bytes, found {type(part).__name__}; "
-                        "for a path pass its name as str or its content as bytes.") from None
+                        "of a path pass the name as str or the content as bytes.") from None
 
-# %% ../nbs/02_files.ipynb #c009
-def content_key(*parts: Any) -> str:
-    "Sixteen hexadecimal digits of the SHA-256 of all `parts`: JSON values, tensors, arrays, bytes."
+# %% ../nbs/02_files.ipynb #c027
+def content_key(
+    *parts: Any, # JSON values, tensors, arrays, bytes
+) -> str:        # 16 hexadecimal digits
+    "A short name for all `parts` together: the first digits of their SHA-256. Raises `TypeError` for other types."
     digest = hashlib.sha256()
     for part in map(part_bytes, parts):
         digest.update(len(part).to_bytes(8, "big"))

@@ -1,0 +1,94 @@
+"""A result survives a full disk and a kill; damaged files are named."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spade.files import atomic_write, content_key, read_json, write_json
+
+WRITES_FOREVER = """
+import sys, time
+from spade.files import atomic_write
+
+def write(part):
+    with open(part, "w") as file:
+        file.write('{"psnr": ')
+        file.flush()
+        print("half-way", flush=True)
+        time.sleep(60)
+
+atomic_write(sys.argv[1], write)
+"""
+
+
+def test_a_full_disk_leaves_the_old_result(tmp_path):
+    path = write_json(tmp_path / "result.json", {"psnr": 30})
+
+    def fill(part: Path) -> None:
+        part.write_text('{"psnr": ')
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(path, fill)
+    assert read_json(path) == {"psnr": 30}
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_kill_leaves_the_old_result(tmp_path):
+    path = write_json(tmp_path / "result.json", {"psnr": 30})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", WRITES_FOREVER, str(path)], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline() == "half-way\n"
+        process.kill()
+        assert process.wait(timeout=20) == -signal.SIGKILL
+    assert read_json(path) == {"psnr": 30}
+    assert list(tmp_path.glob("*.json")) == [path] # what the killed process left is not taken for a result
+    write_json(path, {"psnr": 31})
+    assert read_json(path) == {"psnr": 31}
+
+
+def test_a_keyboard_interrupt_leaves_no_rest(tmp_path):
+    def interrupt(part: Path) -> None:
+        part.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "new.txt", interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_readers_see_the_old_or_the_new_file_while_it_is_written(tmp_path):
+    path = atomic_write(tmp_path / "a.txt", lambda part: part.write_text("old"))
+
+    def write(part: Path) -> None:
+        part.write_text("new")
+        assert path.read_text() == "old" and part.suffix == ".txt"
+
+    atomic_write(path, write)
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("content", (b"", b'{"psnr": 3', b"\xff\xfe\x00"))
+def test_damaged_json_is_named(tmp_path, content):
+    path = tmp_path / "broken.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="broken.json is not valid JSON"):
+        read_json(path)
+
+
+def test_missing_json_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json does not exist"):
+        read_json(tmp_path / "none.json")
+
+
+def test_keys_depend_on_type_shape_content_and_order():
+    keys = [content_key(*parts) for parts in ((1, 2), (2, 1), ("12",), (b"12",), (torch.zeros(4),), (torch.zeros(2, 2),), ())]
+    assert len(set(keys)) == len(keys) and all(len(key) == 16 for key in keys)
+    assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
+    z = torch.tensor([1 + 2j])
+    assert content_key(z.conj()) == content_key(torch.tensor([1 - 2j]))

@@ -141,7 +141,8 @@ def find_teacher(run: Run, profile: Profile, out: str | Path, teacher: str = "")
 # %% ../nbs/26_experiment.ipynb #c024
 def loop_settings(training: Training, run: Run, profile: Profile, folder: str | Path | None = None) -> dict:
     """Arguments of `spade.training.train` for this run."""
-    return {**asdict(training), "seed": run.seed, "mixed_precision": profile.mixed_precision, "folder": folder}
+    settings = {name: value for name, value in asdict(training).items() if name != "loss"}
+    return {**settings, "seed": run.seed, "mixed_precision": profile.mixed_precision, "folder": folder}
 
 
 def use_device(profile: Profile) -> torch.device:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Loss', 'LOSSES', 'STRATEGIES', 'as_real', 'smooth_l1', 'squared_error', 'l1', 'window_mean', 'ssim_map', 'ssim_loss',
-           'default_loss', 'supervised_loss', 'school_loss', 'data_fidelity', 'rotate', 'rotate_right', 'draw_rotation',
-           'model_operator', 'equivariance', 'self_supervised_loss', 'Strategy', 'Supervised', 'weights_key', 'School',
-           'SelfSupervised', 'make_strategy']
+           'ssim_l1_loss', 'default_loss', 'supervised_loss', 'school_loss', 'data_fidelity', 'rotate', 'rotate_right',
+           'draw_rotation', 'model_operator', 'equivariance', 'self_supervised_loss', 'Strategy', 'Supervised',
+           'weights_key', 'School', 'SelfSupervised', 'make_strategy']
 
 # %% ../nbs/21_losses.ipynb #c003
 import copy
@@ -65,33 +65,38 @@ def ssim_loss(x_hat: Tensor, x: Tensor, window: int = 7) -> Tensor:
     data_range = magnitude.detach().amax(dim=(-3, -2, -1), keepdim=True).clamp_min(1e-8)  # an all-zero reference must not divide by 0
     return 1 - ssim_map(magnitude_hat, magnitude, data_range, window).mean()
 
-# %% ../nbs/21_losses.ipynb #c023
-Loss = Callable[[Tensor, Tensor], Tensor]
-LOSSES: dict[str, Loss] = {"smooth_l1": smooth_l1, "ssim": ssim_loss, "l1": l1, "squared_error": squared_error}
-
 # %% ../nbs/21_losses.ipynb #c024
+def ssim_l1_loss(x_hat: Tensor, x: Tensor, weight: float = 4.0) -> Tensor:
+    "SSIM loss plus `weight` times the mean absolute difference of the magnitudes of (B, C, H, W)."
+    return ssim_loss(x_hat, x) + weight * (x_hat.abs() - x.abs()).abs().mean()
+
+# %% ../nbs/21_losses.ipynb #c026
+Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {"smooth_l1": smooth_l1, "ssim": ssim_loss, "ssim+l1": ssim_l1_loss, "l1": l1, "squared_error": squared_error}
+
+# %% ../nbs/21_losses.ipynb #c027
 def default_loss(model: nn.Module) -> Loss:
     "The loss that the authors used for this network: SSIM for the two VarNets, smooth l1 for DEQ (and for any other)."
     return ssim_loss if {"VarNet", "E2EVarNet"} & {c.__name__ for c in type(model).__mro__} else smooth_l1
 
-# %% ../nbs/21_losses.ipynb #c027
+# %% ../nbs/21_losses.ipynb #c030
 def supervised_loss(model: nn.Module, y: Tensor, A: nn.Module, x: Tensor, loss: Loss) -> Tensor:
     "Eq. 7: distance between the reconstruction and the ground truth."
     return loss(model(y, A), x)
 
-# %% ../nbs/21_losses.ipynb #c029
+# %% ../nbs/21_losses.ipynb #c032
 def school_loss(model: nn.Module, y: Tensor, A: nn.Module, x_teacher: Tensor, loss: Loss) -> Tensor:
     "Eq. 8: distance between the student's reconstruction and its teacher's."
     return loss(model(y, A), x_teacher.detach())
 
-# %% ../nbs/21_losses.ipynb #c031
+# %% ../nbs/21_losses.ipynb #c034
 def data_fidelity(x_hat: Tensor, y: Tensor, A: nn.Module) -> Tensor:
     "First term of eq. 9: l1 distance in k-space, averaged over the *measured* points only."
     mask = getattr(A, "mask", None)
     num_measured = y.numel() if mask is None else int(mask.expand(y.shape).sum())
     return as_real(A(x_hat) - y).abs().sum() / (num_measured * (2 if y.is_complex() else 1))
 
-# %% ../nbs/21_losses.ipynb #c034
+# %% ../nbs/21_losses.ipynb #c037
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     "Turn each image of (B, C, H, W), real or complex, about its centre by its own angle (B,): bilinear, zeros from outside."
     if x.is_complex():
@@ -103,12 +108,12 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     theta = torch.stack([torch.stack([cos, -sin * height / width, zero], -1), torch.stack([sin * width / height, cos, zero], -1)], -2)
     return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), mode="bilinear", padding_mode="zeros", align_corners=False)
 
-# %% ../nbs/21_losses.ipynb #c037
+# %% ../nbs/21_losses.ipynb #c040
 def rotate_right(x: Tensor, quarters: Tensor) -> Tensor:
     "Turn each image of (B, C, H, W) by its own number of quarter turns (B,): pixels move, none is interpolated."
     return torch.stack([torch.rot90(image, int(k), dims=(-2, -1)) for image, k in zip(x, quarters)])
 
-# %% ../nbs/21_losses.ipynb #c039
+# %% ../nbs/21_losses.ipynb #c042
 def draw_rotation(kind: str, x: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     "φ ~ Φ: one random rotation per image of `x`; `kind` is \"any\" or \"right\"."
     batch, (height, width) = len(x), x.shape[-2:]
@@ -118,7 +123,7 @@ def draw_rotation(kind: str, x: Tensor, generator: torch.Generator) -> Callable[
     quarters = torch.randint(1, 4, (batch,), generator=generator) if height == width else torch.full((batch,), 2)
     return lambda image: rotate_right(image, quarters)
 
-# %% ../nbs/21_losses.ipynb #c043
+# %% ../nbs/21_losses.ipynb #c046
 def model_operator(model: nn.Module, y: Tensor, A: nn.Module) -> nn.Module:
     "The operator that the network itself believes in: E2E-VarNet's has the maps that it estimated; others use `A`."
     if not callable(getattr(model, "operator", None)):
@@ -126,7 +131,7 @@ def model_operator(model: nn.Module, y: Tensor, A: nn.Module) -> nn.Module:
     with torch.no_grad():  # the loss judges the image; it must not be lowered by bending the physics
         return model.operator(y, A)
 
-# %% ../nbs/21_losses.ipynb #c046
+# %% ../nbs/21_losses.ipynb #c049
 def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callable[[Tensor], Tensor], loss: Loss = squared_error,
                  rotate_maps: bool = False, detach: bool = False) -> Tensor:
     "Second term of eq. 9: turn the reconstruction, measure it, reconstruct again; the same turned image should come out."
@@ -136,7 +141,7 @@ def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callab
     A_phi = A.transformed(rotation) if rotate_maps else A
     return loss(model(A_phi(x_phi), A_phi), x_phi)
 
-# %% ../nbs/21_losses.ipynb #c050
+# %% ../nbs/21_losses.ipynb #c053
 def self_supervised_loss(
     model: nn.Module,
     y: Tensor,  # complex (B, coils, H, W)
@@ -155,7 +160,7 @@ def self_supervised_loss(
     rotation = draw_rotation(rotations, x_hat, generator)
     return loss + weight * equivariance(model, x_hat, A_model, rotation, rotate_maps=rotate_maps, detach=detach)
 
-# %% ../nbs/21_losses.ipynb #c055
+# %% ../nbs/21_losses.ipynb #c058
 class Strategy:
     "What the training loop asks: `strategy(model, batch, generator)` is the loss of one batch."
     name = ""
@@ -172,7 +177,7 @@ class Strategy:
         "Move whatever the strategy computes with."
         return self
 
-# %% ../nbs/21_losses.ipynb #c056
+# %% ../nbs/21_losses.ipynb #c059
 class Supervised(Strategy):
     "Eq. 7; the only strategy that reads the ground truth."
     name, needs_ground_truth = "supervised", True
@@ -188,13 +193,13 @@ class Supervised(Strategy):
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, "loss": self.loss.__name__}
 
-# %% ../nbs/21_losses.ipynb #c058
+# %% ../nbs/21_losses.ipynb #c061
 def weights_key(weights: nn.Module | dict[str, Tensor]) -> str:
     "Sixteen hexadecimal digits that change when any weight, name or width of a model, or of its state dict, does."
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     return content_key(*(part for name in sorted(state) for part in (name, state[name])))
 
-# %% ../nbs/21_losses.ipynb #c060
+# %% ../nbs/21_losses.ipynb #c063
 class School(Strategy):
     "Eq. 8; keeps a frozen copy of the teacher and remembers its answers."
     name = "school"
@@ -226,7 +231,7 @@ class School(Strategy):
         self.answers.clear()
         return self
 
-# %% ../nbs/21_losses.ipynb #c061
+# %% ../nbs/21_losses.ipynb #c064
 class SelfSupervised(Strategy):
     "Eq. 9; sees measurements only."
     name = "self-supervised"
@@ -242,7 +247,7 @@ class SelfSupervised(Strategy):
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, **self.choices}
 
-# %% ../nbs/21_losses.ipynb #c062
+# %% ../nbs/21_losses.ipynb #c065
 STRATEGIES = ("supervised", "school", "self-supervised")
 
 def make_strategy(name: str, teacher: nn.Module | None = None, loss: Loss | str = smooth_l1, **settings) -> Strategy:

@@ -76,6 +76,7 @@ class Training:
     batch_size: int = 1
     warmup: int = 0                   # steps over which the learning rate rises from zero
     clip: float | None = None         # largest norm of the gradient
+    loss: str = ""                    # one of `spade.losses.LOSSES`; empty: the network's usual one
     checkpoint_every: int = 500       # steps between states from which a killed run resumes
 
 # %% ../nbs/25_profiles.ipynb #c015

@@ -121,7 +121,7 @@ def measure(
     frame.attrs["measured_on"] = f"{on}; y {' × '.join(map(str, y.shape))}, {str(y.dtype).removeprefix('torch.')}; median of {repeats} calls taking turns"
     return frame
 
-# %% ../nbs/24_latency.ipynb #c028
+# %% ../nbs/24_latency.ipynb #c031
 def one_iteration(model: nn.Module) -> Callable[[Tensor, nn.Module], Tensor]:
     "One application of a DEQ's $T$ to the zero-filled image, as a callable `(y, A)` for `measure`."
     if not callable(getattr(model, "step", None)):

@@ -321,6 +321,37 @@ def test_foreign_datasets_come_as_data_loaders():
         fit(tiny(), 1, data=Slices())
 
 
+PARALLEL = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import test_training as t
+model = t.tiny()
+model.cnn[2].p = 0.0  # dropout draws apart in each process
+t.fit(model, 4, data=t.batches(4), folder={folder!r})
+torch.save(t.weights(model), {folder!r} + f"/end-{{sys.argv[1]}}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    code = PARALLEL.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    shared_env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2",
+                  "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)], env={**shared_env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    assert [p.wait(120) for p in processes] == [0, 0]
+    ends = [torch.load(tmp_path / f"end-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    alone = tiny()
+    alone.cnn[2].p = 0.0
+    fit(alone, 4, data=batches(4), accumulate=2)
+    assert torch.equal(*ends) and torch.allclose(ends[0], weights(alone), atol=1e-6)
+    assert not torch.allclose(ends[0], weights(tiny()), atol=1e-4)
+
+
 def test_frozen_parameters_stay_and_all_frozen_is_refused():
     model = tiny()
     model.cnn[0].requires_grad_(False)

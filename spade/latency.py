@@ -6,7 +6,7 @@
 __all__ = ['synchronize', 'seconds_of', 'num_threads', 'device_name', 'paper_inputs', 'check_tolerances', 'evaluating',
            'quartiles', 'measure', 'one_iteration']
 
-# %% ../nbs/24_latency.ipynb #c003
+# %% ../nbs/24_latency.ipynb #c004
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from .operators import MultiCoilMRI, normalize_maps
 from .sampling import equispaced_mask
 
-# %% ../nbs/24_latency.ipynb #c006
+# %% ../nbs/24_latency.ipynb #c007
 def synchronize(device: torch.device) -> None:
     "Wait until the device has done what it was asked; a CPU always has."
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
-# %% ../nbs/24_latency.ipynb #c007
+# %% ../nbs/24_latency.ipynb #c008
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     "Wall time of one call, in seconds."
     synchronize(device)
@@ -35,7 +35,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
     return time.perf_counter() - began
 
-# %% ../nbs/24_latency.ipynb #c009
+# %% ../nbs/24_latency.ipynb #c010
 @contextmanager
 def num_threads(threads: int | None) -> Iterator[int]:
     "Let torch compute with `threads` CPU threads (None: as many as it has now), and put the number back afterwards."
@@ -46,7 +46,7 @@ def num_threads(threads: int | None) -> Iterator[int]:
     finally:
         torch.set_num_threads(before)
 
-# %% ../nbs/24_latency.ipynb #c012
+# %% ../nbs/24_latency.ipynb #c013
 def device_name(device: torch.device) -> str:
     "The name of the processor or GPU, for a caption."
     if device.type == "cuda":
@@ -55,7 +55,7 @@ def device_name(device: torch.device) -> str:
     names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
-# %% ../nbs/24_latency.ipynb #c014
+# %% ../nbs/24_latency.ipynb #c015
 def paper_inputs(shape: tuple[int, int] = (320, 320), num_coils: int = 16, acceleration: int = 6, batch_size: int = 1, seed: int = 0,
                  device: torch.device | str = "cpu") -> tuple[Tensor, MultiCoilMRI]:
     "A random measurement of the paper's size and its operator; speed does not depend on what the numbers are."
@@ -65,7 +65,7 @@ def paper_inputs(shape: tuple[int, int] = (320, 320), num_coils: int = 16, accel
     A = MultiCoilMRI(equispaced_mask(shape[1], acceleration, offset=0), normalize_maps(complex_normal(batch_size, num_coils, *shape))).to(device)
     return A(complex_normal(batch_size, 1, *shape).to(device)), A
 
-# %% ../nbs/24_latency.ipynb #c017
+# %% ../nbs/24_latency.ipynb #c018
 def check_tolerances(models: dict[str, Callable]) -> None:
     "Refuse to compare iterative networks that stop at different tolerances."
     stops = {name: (m.tolerance, m.max_iterations) for name, m in models.items() if hasattr(m, "tolerance") and hasattr(m, "max_iterations")}
@@ -73,7 +73,7 @@ def check_tolerances(models: dict[str, Callable]) -> None:
         found = ", ".join(f"{name}: {tolerance:g} within {most}" for name, (tolerance, most) in stops.items())
         raise ValueError(f"networks are timed at equal solver tolerance and equal largest number of iterations, found {found}")
 
-# %% ../nbs/24_latency.ipynb #c018
+# %% ../nbs/24_latency.ipynb #c019
 @contextmanager
 def evaluating(models: Iterable[Callable]) -> Iterator[None]:
     "Every network among `models` in eval mode and without gradients; each is put back as it was."
@@ -87,7 +87,7 @@ def evaluating(models: Iterable[Callable]) -> Iterator[None]:
         for m, mode in before.items():
             m.training = mode
 
-# %% ../nbs/24_latency.ipynb #c019
+# %% ../nbs/24_latency.ipynb #c020
 def quartiles(seconds: dict[str, list[float]]) -> pd.DataFrame:
     "Median and quartiles of each list, and how many times faster than the first each is."
     rows = {name: pd.Series(s).quantile([0.5, 0.25, 0.75]).to_list() for name, s in seconds.items()}
@@ -95,7 +95,7 @@ def quartiles(seconds: dict[str, list[float]]) -> pd.DataFrame:
     frame["speed_up"] = frame["seconds"].iloc[0] / frame["seconds"]
     return frame.rename_axis("model")
 
-# %% ../nbs/24_latency.ipynb #c020
+# %% ../nbs/24_latency.ipynb #c021
 def measure(
     models: dict[str, Callable],  # by name; the first is what the others are compared with
     y: Tensor,  # a measurement, on the device to measure on
@@ -121,7 +121,7 @@ def measure(
     frame.attrs["measured_on"] = f"{on}; y {' × '.join(map(str, y.shape))}, {str(y.dtype).removeprefix('torch.')}; median of {repeats} calls taking turns"
     return frame
 
-# %% ../nbs/24_latency.ipynb #c031
+# %% ../nbs/24_latency.ipynb #c032
 def one_iteration(model: nn.Module) -> Callable[[Tensor, nn.Module], Tensor]:
     "One application of a DEQ's $T$ to the zero-filled image, as a callable `(y, A)` for `measure`."
     if not callable(getattr(model, "step", None)):

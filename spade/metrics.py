@@ -30,7 +30,7 @@ def comparable(
         image = image[0]
     if image.ndim != 2:
         raise ValueError(f"an image must have shape (H, W), (1, H, W) or, real, (3, H, W), found {image.shape}.")
-    return np.abs(image).astype(np.float64)
+    return np.abs(image.astype(np.complex128 if np.iscomplexobj(image) else np.float64))
 
 # %% ../nbs/06_metrics.ipynb #c011
 def comparable_pair(

@@ -248,15 +248,19 @@ def coil_loops(num_coils: int, turn: float = 0.0, points: int = 48) -> Tensor:
     return centre[:, None] + radius * (along.cos() * tangent[:, None] + along.sin() * torch.tensor([1.0, 0, 0]))
 
 # %% ../nbs/04_phantom.ipynb #c061
-def biot_savart(wire: Tensor, position: Tensor) -> Tensor:
-    "The field `(coils, ..., 3)` of unit current in closed wires `(coils, points, 3)` at positions `(..., 3)`."
+def biot_savart(
+    wire: Tensor,           # `(coils, points, 3)`, closed, mm
+    position: Tensor,       # `(..., 3)`, mm
+    thickness: float = 0.0, # of the wire, mm: keeps the field finite on it
+) -> Tensor:                # `(coils, ..., 3)`
+    "The field of unit current in each wire."
     element = wire.roll(-1, dims=1) - wire
     middle = (wire + wire.roll(-1, dims=1)) / 2
     field = []
     for dl, at in zip(element, middle, strict=True):
         distance = position[..., None, :] - at
         cross = torch.linalg.cross(dl.expand_as(distance), distance, dim=-1)
-        field.append((cross / distance.norm(dim=-1, keepdim=True) ** 3).sum(dim=-2))
+        field.append((cross / (distance.square().sum(dim=-1, keepdim=True) + thickness**2) ** 1.5).sum(dim=-2))
     return torch.stack(field)
 
 # %% ../nbs/04_phantom.ipynb #c065
@@ -266,18 +270,19 @@ def coil_maps(
     z: float = 0.0,             # height of the slice above the middle of the coil array, mm
     field_of_view: float = 230.0, # mm
     turn: float = 0.0,          # of the coil array round the head, radians
-) -> Tensor:                    # complex64 `(coils, H, W)`, root mean square over pixels and sum over coils 1
+) -> Tensor:                    # complex64 `(coils, H, W)`; Σ|S|² is 1 in the mean over the middle of the field of view
     "Receive sensitivities by Biot–Savart, $S = B_x - iB_y$, on a coarse grid and interpolated: the field is smooth."
     coarse = tuple(max(2, round(36 * size / min(shape))) for size in shape)
     step = pixel_size(shape, field_of_view)
     extent = [(size - 1) / (few - 1) for size, few in zip(shape, coarse, strict=True)]
     rows, columns = (torch.arange(few) * gap - size // 2 for few, gap, size in zip(coarse, extent, shape, strict=True))
     y, x = torch.meshgrid(-rows * step, columns * step, indexing="ij")
-    field = biot_savart(coil_loops(num_coils, turn), torch.stack([torch.full_like(x, z), y, x], dim=-1))
+    field = biot_savart(coil_loops(num_coils, turn), torch.stack([torch.full_like(x, z), y, x], dim=-1), thickness=10.0)
     parts = torch.stack([field[..., 2], -field[..., 1]])
     real, imaginary = F.interpolate(parts, size=tuple(shape), mode="bicubic", align_corners=True)
     maps = torch.complex(real, imaginary)
-    return maps / maps.abs().square().sum(dim=0).mean().sqrt()
+    middle = pixel_grid(shape, z, step)[..., 1:].norm(dim=-1) < 0.35 * field_of_view
+    return maps / maps.abs().square().sum(dim=0)[middle].mean().sqrt()
 
 # %% ../nbs/04_phantom.ipynb #c069
 class Scan(NamedTuple):
@@ -399,7 +404,7 @@ def write_acquisition(
     return path if is_complete(path, key) else atomic_write(path, write)
 
 # %% ../nbs/04_phantom.ipynb #c089
-VERSION = 2 # of the simulation: raise it when the same settings give other numbers
+VERSION = 3 # of the simulation: raise it when the same settings give other numbers
 
 
 def simulate_slices(tissue: Tissue, seed: int, number: int, slices: int, scan: Scan) -> Iterator[Tensor]:

@@ -1,0 +1,111 @@
+"""PSNR and SSIM: against their definitions, and blind to tricks."""
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+from torch import nn
+
+from spade.data import Batch
+from spade.metrics import evaluate, psnr, ssim
+from spade.operators import MultiCoilMRI
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 20, 17, generator=generator, dtype=torch.complex64)
+    x[..., :5] = 0 # air
+    return x + 0.1 * torch.randn(1, 20, 17, generator=generator, dtype=torch.complex64), x
+
+
+def batch_of(x: torch.Tensor) -> Batch:
+    maps = torch.ones(len(x), 1, *x.shape[-2:], dtype=torch.complex64)
+    A = MultiCoilMRI(torch.ones(x.shape[-1], dtype=torch.bool), maps)
+    return Batch(A(x), A, x, {name: list(range(len(x))) for name in ("file", "subject", "slice", "scale")})
+
+
+def test_psnr_is_its_definition(pair):
+    x_hat, x = (image.to(torch.complex128).abs().numpy()[0] for image in pair)
+    expected = 10 * math.log10(x.max() ** 2 / np.mean((x_hat - x) ** 2))
+    assert psnr(*pair) == pytest.approx(expected, abs=1e-9)
+    assert psnr(pair[0][0], pair[1][0]) == psnr(*pair) == psnr(pair[0].numpy(), pair[1].numpy())
+    assert psnr(*pair, data_range=2 * x.max()) == pytest.approx(expected + 20 * math.log10(2))
+
+
+def test_ssim_is_scikit_images(pair):
+    x_hat, x = (image.to(torch.complex128).abs().numpy()[0] for image in pair)
+    assert ssim(*pair) == pytest.approx(structural_similarity(x, x_hat, data_range=x.max()), abs=1e-12)
+    assert ssim(pair[1], pair[1]) == 1
+
+
+def test_unit_and_phase_do_not_matter_but_scale_of_the_reconstruction_does(pair):
+    x_hat, x = pair
+    assert psnr(7 * x_hat, 7 * x) == pytest.approx(psnr(x_hat, x), abs=1e-4) and ssim(7 * x_hat, 7 * x) == pytest.approx(ssim(x_hat, x), abs=1e-5)
+    assert psnr(1j * x_hat, x) == pytest.approx(psnr(x_hat, x), abs=1e-4)
+    assert psnr(0.8 * x, x) < 25 # min-max scaling would call this perfect
+
+
+def test_no_metric_depends_on_zeroing_outputs(pair):
+    "The original code zeroes predictions where the reference is zero; here that must show as another image."
+    x_hat, x = pair
+    zeroed = torch.where(x == 0, 0, x_hat)
+    assert psnr(zeroed, x) > psnr(x_hat, x) and ssim(zeroed, x) > ssim(x_hat, x)
+    table = evaluate(lambda y, A: x_hat[None], [batch_of(x[None])], progress=False)
+    assert table.psnr[0] == psnr(x_hat, x) and table.ssim[0] == ssim(x_hat, x)
+
+
+def test_inputs_are_left_alone(pair):
+    x_hat, x = (image.clone() for image in pair)
+    psnr(*pair), ssim(*pair)
+    assert torch.equal(x_hat, pair[0]) and torch.equal(x, pair[1])
+
+
+def test_colour_has_range_one_and_channels():
+    generator = torch.Generator().manual_seed(0)
+    x = 0.5 * torch.rand(3, 16, 18, generator=generator)
+    x_hat = x + 0.01
+    assert psnr(x_hat, x) == pytest.approx(40, abs=1e-3)
+    expected = structural_similarity(x.double().numpy(), x_hat.double().numpy(), data_range=1.0, channel_axis=0)
+    assert ssim(x_hat, x) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("x_hat, x, sentence", [
+    (torch.ones(8, 8), torch.ones(8, 9), "expected the same shape"),
+    (torch.ones(8, 8), torch.zeros(8, 8), "data_range must be positive"),
+    (torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8), "an image must have shape"),
+    (torch.ones(3, 8, 8, dtype=torch.complex64), torch.ones(3, 8, 8, dtype=torch.complex64), "an image must have shape"),
+])
+def test_what_cannot_be_compared(x_hat, x, sentence):
+    for metric in (psnr, ssim):
+        with pytest.raises(ValueError, match=sentence):
+            metric(x_hat, x)
+
+
+class Counting(nn.Module):
+    "A network with a parameter, dropout and an iteration count."
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.last_iterations, self.seen = nn.Parameter(torch.ones(())), 0, []
+
+    def forward(self, y, A):
+        self.last_iterations += 1
+        self.seen.append((self.training, torch.is_grad_enabled()))
+        return self.weight * A.adjoint(y)
+
+
+def test_evaluate_one_row_per_image_and_the_network_as_it_was():
+    x = torch.randn(3, 1, 9, 8, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    model = Counting().train()
+    table = evaluate(model, [batch_of(x), batch_of(x[:1])], progress=False)
+    assert isinstance(table, pd.DataFrame) and list(table) == ["subject", "file", "slice", "psnr", "ssim", "iterations"]
+    assert len(table) == 4 and table.iterations.tolist() == [1, 1, 1, 2] and (table.psnr > 100).all()
+    assert model.seen == [(False, False)] * 2 and model.training and torch.is_grad_enabled()
+
+
+def test_evaluate_needs_a_reference():
+    with pytest.raises(ValueError, match="needs batches with a reference"):
+        evaluate(lambda y, A: A.adjoint(y), [batch_of(torch.ones(1, 1, 8, 8, dtype=torch.complex64))._replace(x=None)], progress=False)

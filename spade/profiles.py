@@ -9,6 +9,7 @@ __all__ = ['STARTS', 'PACKAGES', 'choose', 'Simulation', 'Data', 'Sampling', 'Tr
            'provenance']
 
 # %% ../nbs/25_profiles.ipynb #c003
+import json
 import os
 import platform
 import subprocess
@@ -214,6 +215,7 @@ def load_profile(name: str | Path, overrides: Mapping[str, Any] | None = None) -
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError(f"{path.name} holds {settings!r}; expected the keys of a profile")
+    settings = json.loads(json.dumps(settings))      # YAML's aliases are one shared object; an override must change one place
     for key, value in (overrides or {}).items():
         override(settings, key, value)
     profile = read_dataclass(Profile, {"name": path.stem, **settings}, path.name)

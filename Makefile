@@ -1,0 +1,81 @@
+# make demo    install, then the paper's main job on simulated data: prune, fine-tune, evaluate, Table 1, Figures 3 and 7
+# make test    install, then every check: export, clean notebooks, library notebooks, pytest, experiments in the smoke profile
+# make lab     JupyterLab on the notebooks
+#
+# Choices:  make demo NETWORK=deq|varnet|e2e-varnet  PROFILE=demo|gpu|…  ARGUMENTS="--acceleration 8"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lab install check-export check-clean check-notebooks check-tests check-experiments clean
+
+NETWORK ?= varnet
+PROFILE ?= demo
+ARGUMENTS ?=
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch is named with its exact version: a bare name may pull gigabytes of GPU libraries onto a machine without one
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+FASTMRI := $(shell grep '^fastmri==' constraints.txt)
+INPUTS := constraints.txt settings.ini setup.py pyproject.toml
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m spade.batch demo --network $(NETWORK) --profile $(PROFILE) $(ARGUMENTS)
+
+lab: $(VENV)/.installed-dev
+	$(BIN)/python -m jupyter lab --notebook-dir nbs
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and f"spade needs Python 3.11 or newer, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian: apt-get install python3.11-venv"; exit 1; }
+
+# The stamps are newer than what they depend on once an installation is complete, so it is not repeated.
+$(VENV)/.installed: $(INPUTS) | $(VENV)/bin/python
+	@echo "Installing spade into $(VENV) (once, a few minutes) ..."
+	$(PIP) $(TORCH) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what the tests and JupyterLab need ..."
+	$(PIP) $(TORCH) -e '.[dev]'
+	$(PIP) --no-deps $(FASTMRI)
+	@touch $@
+
+test: check-export check-clean check-notebooks check-tests check-experiments
+	@echo "All checks passed."
+
+# spade/ must be what the notebooks export. On a difference the tree is in step afterwards: look at it and commit.
+check-export: $(VENV)/.installed-dev
+	@echo "== export in step with the notebooks"
+	@before=$$(mktemp -d); trap 'rm -rf "$$before"' EXIT; cp -r spade "$$before"; \
+	$(BIN)/nbdev_export; \
+	diff -r -x __pycache__ "$$before/spade" spade || { echo "spade/ was not in step with nbs/; nbdev_export has just updated it"; exit 1; }
+
+check-clean: $(VENV)/.installed-dev
+	@echo "== notebooks clean"
+	@before=$$(mktemp -d); trap 'rm -rf "$$before"' EXIT; cp -r nbs "$$before"; \
+	$(BIN)/nbdev_clean; \
+	diff -rq -x .ipynb_checkpoints "$$before/nbs" nbs || { echo "these notebooks were not clean; nbdev_clean has just cleaned them"; exit 1; }
+
+check-notebooks: $(VENV)/.installed-dev
+	@echo "== library notebooks"
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing
+
+check-tests: $(VENV)/.installed-dev
+	@echo "== pytest"
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/python -m pytest -q --durations 10 tests
+
+# Every experiment notebook, for every network, from simulation to figure. The folder is fresh, so nothing is skipped.
+check-experiments: $(VENV)/.installed-dev
+	@echo "== experiments in the smoke profile"
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	for network in varnet e2e-varnet deq; do \
+	    $(BIN)/python -m spade.batch demo --network $$network --profile smoke --data "$$out/data" --out "$$out/results"; \
+	done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

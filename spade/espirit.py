@@ -137,9 +137,9 @@ def reference_phase(maps: Tensor) -> Tensor:
 
 # %% ../nbs/03_espirit.ipynb #c048
 def band_height(kspace: Tensor) -> int:
-    "How many rows of pixels to solve at once: 2 million matrix entries on a CPU, 64 million on a GPU."
+    "How many rows of pixels to solve at once: half a million matrix entries (4 MB) on a CPU, 64 million on a GPU."
     batch, coils, _, width = kspace.shape
-    entries = 2**21 if kspace.device.type == "cpu" else 2**26
+    entries = 2**19 if kspace.device.type == "cpu" else 2**26
     return max(1, entries // (batch * coils**2 * width))
 
 # %% ../nbs/03_espirit.ipynb #c049

@@ -19,12 +19,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-# %% ../nbs/20_pruning.ipynb #c008
+# %% ../nbs/20_pruning.ipynb #c009
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRUNABLE = CONVOLUTIONS + (nn.Linear,)  # the layers whose outputs can be cut; all others follow them
 FOLLOWING = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)  # layers that must be cut along with their input
 
-# %% ../nbs/20_pruning.ipynb #c009
+# %% ../nbs/20_pruning.ipynb #c011
 @dataclass(frozen=True)
 class Member:
     "One layer of a layer group, seen from the side that the group touches."
@@ -34,7 +34,7 @@ class Member:
     channels: Tensor  # which of its channels belong to the group, int64
     k: Tensor  # to which k of eq. 6 each of these channels belongs, int64
 
-# %% ../nbs/20_pruning.ipynb #c011
+# %% ../nbs/20_pruning.ipynb #c013
 @contextmanager
 def ready_to_trace(module: nn.Module) -> Iterator[None]:
     "Everything Torch-Pruning's trace needs of `module`: gradients on, nothing in place; put back as it was afterwards."
@@ -55,7 +55,7 @@ def ready_to_trace(module: nn.Module) -> Iterator[None]:
         for name, parameter in module.named_parameters():  # by name: the trace's user may have replaced parameters
             parameter.requires_grad_(name not in frozen)
 
-# %% ../nbs/20_pruning.ipynb #c014
+# %% ../nbs/20_pruning.ipynb #c017
 def dependency_graph(module: nn.Module, example: tuple[Tensor, ...]) -> tp.DependencyGraph:
     "Torch-Pruning's dependency graph of one CNN; raises where a layer stays hidden from it."
     graph = tp.DependencyGraph()
@@ -71,7 +71,7 @@ def dependency_graph(module: nn.Module, example: tuple[Tensor, ...]) -> tp.Depen
                              "expected an ordinary or a depthwise one")
     return graph
 
-# %% ../nbs/20_pruning.ipynb #c018
+# %% ../nbs/20_pruning.ipynb #c023
 def members_of(group: tp.dependency.Group, graph: tp.DependencyGraph, names: dict[nn.Module, str]) -> list[Member]:
     "The layers of one of Torch-Pruning's groups, each with the channels that the group touches."
     members = []
@@ -85,7 +85,7 @@ def members_of(group: tp.dependency.Group, graph: tp.DependencyGraph, names: dic
         members.append(Member(names[module], module, side, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
     return members
 
-# %% ../nbs/20_pruning.ipynb #c022
+# %% ../nbs/20_pruning.ipynb #c029
 def filter_l1(member: Member) -> Tensor | None:
     "The l1 norm of each filter that `member` has in the group, in double precision on the CPU; None for a layer without filters."
     weight = getattr(member.module, "weight", None)
@@ -101,7 +101,7 @@ def filter_l1(member: Member) -> Tensor | None:
     norms = weight.abs().sum(dim=other_axes) if other_axes else weight.abs()
     return norms[member.channels]
 
-# %% ../nbs/20_pruning.ipynb #c025
+# %% ../nbs/20_pruning.ipynb #c033
 def group_l1(members: Sequence[Member], num_channels: int) -> Tensor:
     "Eq. 6: $\\alpha_k$, the mean over the group's layers of the l1 norm of their k-th filters; double precision, (num_channels,)."
     alpha, num_layers = torch.zeros(num_channels, dtype=torch.float64), 0
@@ -112,12 +112,12 @@ def group_l1(members: Sequence[Member], num_channels: int) -> Tensor:
             num_layers += 1
     return alpha / max(num_layers, 1)
 
-# %% ../nbs/20_pruning.ipynb #c029
+# %% ../nbs/20_pruning.ipynb #c039
 def width_after(width: int, ratio: float) -> int:
     "How many of `width` channels stay: `floor(width * (1 - ratio))`, not fooled by floating point (20 channels at 0.05 are 19)."
     return math.floor(width * (1 - ratio) + 1e-9)
 
-# %% ../nbs/20_pruning.ipynb #c033
+# %% ../nbs/20_pruning.ipynb #c045
 @dataclass(frozen=True)
 class LayerGroup:
     "What pruning did to one layer group."
@@ -136,7 +136,7 @@ class LayerGroup:
         "Width after pruning."
         return len(self.scores) - len(self.removed)
 
-# %% ../nbs/20_pruning.ipynb #c034
+# %% ../nbs/20_pruning.ipynb #c047
 @dataclass
 class PruningReport:
     "What one call of `prune` did."
@@ -158,12 +158,12 @@ class PruningReport:
         return (f"ratio {self.ratio:g}: {len(self.groups)} layer groups, parameters {self.parameters_before:,} → {self.parameters_after:,} "
                 f"(−{1 - self.parameters_after / self.parameters_before:.0%}), multiply-accumulates ÷ {self.macs_before / max(self.macs_after, 1):.2f}")
 
-# %% ../nbs/20_pruning.ipynb #c036
+# %% ../nbs/20_pruning.ipynb #c049
 def count_parameters(model: nn.Module) -> int:
     "The number of trainable parameters, each shared one counted once."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/20_pruning.ipynb #c037
+# %% ../nbs/20_pruning.ipynb #c051
 def layer_macs(layer: nn.Module, into: Tensor, out: Tensor) -> int:
     "Multiply-accumulates of one call of a convolution, transposed convolution or linear layer."
     if isinstance(layer, nn.Linear):
@@ -173,7 +173,7 @@ def layer_macs(layer: nn.Module, into: Tensor, out: Tensor) -> int:
         return into.numel() * (layer.out_channels // layer.groups) * kernel
     return out.numel() * (layer.in_channels // layer.groups) * kernel
 
-# %% ../nbs/20_pruning.ipynb #c038
+# %% ../nbs/20_pruning.ipynb #c053
 def count_macs(model: nn.Module, *inputs) -> int:
     "Multiply-accumulates of all convolutions and linear layers in one call `model(*inputs)`; a layer called twice counts twice."
     total = 0
@@ -189,7 +189,7 @@ def count_macs(model: nn.Module, *inputs) -> int:
             hook.remove()
     return total
 
-# %% ../nbs/20_pruning.ipynb #c041
+# %% ../nbs/20_pruning.ipynb #c057
 def plan(module: nn.Module, graph: tp.DependencyGraph, keep: Sequence[nn.Module], ratio: float, prefix: str = ""
          ) -> list[tuple[tp.dependency.Group, LayerGroup]]:
     "Rank every layer group of one traced CNN and choose what goes, before anything is cut."
@@ -198,18 +198,21 @@ def plan(module: nn.Module, graph: tp.DependencyGraph, keep: Sequence[nn.Module]
         members = members_of(group, graph, names)
         root, width = members[0], len(group[0].idxs)
         for m in members:  # e.g. a concatenation added to something: its halves cannot be ranked apart
-            if m.side != "in" and isinstance(m.module, PRUNABLE) and len(m.channels) != m.module.weight.shape[1 if getattr(m.module, "transposed", False) else 0]:
-                raise ValueError(f"layer {m.name!r} shares only {len(m.channels)} of its channels with {root.name!r}; name one of the two among the layers to keep")
+            if (m.side != "in" and isinstance(m.module, PRUNABLE)
+                    and len(m.channels) != m.module.weight.shape[1 if getattr(m.module, "transposed", False) else 0]):
+                raise ValueError(f"layer {m.name!r} shares only {len(m.channels)} of its channels with {root.name!r}; "
+                                 "name one of the two among the layers to keep")
         after = width_after(width, ratio)
         if after < 1:
-            raise ValueError(f"ratio {ratio:g} would leave none of the {width} channels of layer {root.name!r}; choose a smaller ratio or keep this layer")
+            raise ValueError(f"ratio {ratio:g} would leave none of the {width} channels of layer {root.name!r}; "
+                             "choose a smaller ratio or keep this layer")
         scores = group_l1(members, width)
         removed = torch.argsort(scores, stable=True)[: width - after].sort().values
         layers = tuple((m.name, m.side) for m in members if filter_l1(m) is not None)
         chosen.append((group, LayerGroup(prefix + root.name, layers, tuple(scores.tolist()), tuple(removed.tolist()))))
     return chosen
 
-# %% ../nbs/20_pruning.ipynb #c045
+# %% ../nbs/20_pruning.ipynb #c063
 def prune_prior(module: nn.Module, example: tuple[Tensor, ...], keep: Sequence[nn.Module], ratio: float, prefix: str = "") -> list[LayerGroup]:
     "Prune one CNN in place and say what went; raises if its output changes shape."
     with torch.no_grad():
@@ -221,17 +224,19 @@ def prune_prior(module: nn.Module, example: tuple[Tensor, ...], keep: Sequence[n
     with torch.no_grad():
         after = module(*example).shape
     if after != shape:
-        raise ValueError(f"pruning changes the output of {prefix or type(module).__name__} from {tuple(shape)} to {tuple(after)}; name its last layer among the layers to keep")
+        raise ValueError(f"pruning changes the output of {prefix or type(module).__name__} from {tuple(shape)} to {tuple(after)}; "
+                         "name its last layer among the layers to keep")
     return [layer_group for _, layer_group in chosen]
 
-# %% ../nbs/20_pruning.ipynb #c048
+# %% ../nbs/20_pruning.ipynb #c067
 Prior = tuple[nn.Module, Tensor | tuple[Tensor, ...], Sequence[nn.Module]]  # a CNN, an example input, the layers whose width stays
 
-# %% ../nbs/20_pruning.ipynb #c049
+# %% ../nbs/20_pruning.ipynb #c069
 def find_priors(teacher: nn.Module, priors: Iterable[Prior] | None) -> list[tuple[str, nn.Module, tuple[Tensor, ...], list[nn.Module]]]:
     "The CNNs to prune, each once, with its name in `teacher`; raises where there is none."
     if priors is None and not callable(getattr(teacher, "priors", None)):
-        raise TypeError(f"{type(teacher).__name__} has no priors() that names its CNNs; pass priors=[(cnn, example_input, layers_to_keep)]")
+        raise TypeError(f"{type(teacher).__name__} has no priors() that names its CNNs; "
+                        "pass priors=[(cnn, example_input, layers_to_keep)]")
     names, found = {m: name for name, m in teacher.named_modules()}, {}
     for module, example, keep in (teacher.priors() if priors is None else priors):
         for m in (module, *keep):
@@ -244,7 +249,7 @@ def find_priors(teacher: nn.Module, priors: Iterable[Prior] | None) -> list[tupl
         raise ValueError(f"{type(teacher).__name__} names no CNN to prune: its list of priors is empty")
     return list(found.values())
 
-# %% ../nbs/20_pruning.ipynb #c051
+# %% ../nbs/20_pruning.ipynb #c071
 def prune(
     teacher: nn.Module,  # stays as it is, bit for bit
     ratio: float,  # pre-defined ratio in (0, 1); the paper's are 0.05, 0.10, 0.20, 0.40
@@ -266,7 +271,7 @@ def prune(
     student.pruning_report = report
     return student
 
-# %% ../nbs/20_pruning.ipynb #c068
+# %% ../nbs/20_pruning.ipynb #c091
 def fan_in_ratio(layer: nn.Module, before: Tensor) -> float:
     "sqrt(fan-in before / fan-in after) of a layer whose weight had the shape of `before`; 1 for anything but a convolution or a linear layer."
     if not isinstance(layer, PRUNABLE):
@@ -274,7 +279,7 @@ def fan_in_ratio(layer: nn.Module, before: Tensor) -> float:
     fan = nn.init._calculate_fan_in_and_fan_out
     return math.sqrt(fan(before)[0] / fan(layer.weight)[0])
 
-# %% ../nbs/20_pruning.ipynb #c069
+# %% ../nbs/20_pruning.ipynb #c093
 def randomize(
     student: nn.Module,  # stays as it is
     seed: int,
@@ -282,7 +287,8 @@ def randomize(
 ) -> nn.Module:  # the widths of `student`, the weights of a network that was never trained
     "Table 3's baseline: draw the unpruned network as its class draws it, and cut it to the widths of `student`."
     if build is None and not callable(getattr(student, "config", None)):
-        raise TypeError(f"{type(student).__name__} has no config() to build a fresh one from; pass build=, a function that makes an unpruned network")
+        raise TypeError(f"{type(student).__name__} has no config() to build a fresh one from; "
+                        "pass build=, a function that makes an unpruned network")
     with torch.random.fork_rng(devices=[]):  # the caller's generator is not disturbed
         torch.manual_seed(seed)
         reference = build() if build is not None else type(student)(**student.config())

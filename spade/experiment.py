@@ -80,9 +80,8 @@ def acquisition_files(profile: Profile, data: str = "", progress: bool = True) -
     if simulation is None:
         return find_files(folder, profile.data.acquisition or None)
     settings = dict(shape=simulation.shape, num_coils=simulation.coils, snr=simulation.snr, seed=simulation.seed, progress=progress)
-    if simulation.images:
-        return phantom.simulate_from_images(resolve(simulation.images), folder, **settings)
-    return phantom.simulate(folder, sum(profile.data.subjects), simulation.slices, **settings)
+    images = resolve(simulation.images) if simulation.images else None
+    return phantom.simulate(folder, sum(profile.data.subjects), simulation.slices, images=images, **settings)
 
 # %% ../nbs/26_experiment.ipynb #c011
 def datasets(profile: Profile, run: Run, data: str = "", progress: bool = True) -> dict[str, MultiCoilSlices]:

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import nbformat
+import numpy as np
 import pytest
 
 from spade.batch import Job, failing_cell, job_of, main, run_job, run_jobs, students
-from spade.experiment import Run, find_teacher, is_complete, run_key
+from spade.experiment import Run, acquisition_files, find_teacher, is_complete, run_key
 from spade.profiles import load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,3 +133,15 @@ def test_the_command_line_names_the_choices(arguments, message, capsys):
 def test_the_command_line_helps():
     done = subprocess.run([sys.executable, "-m", "spade.batch", "--help"], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0 and "--network" in done.stdout
+
+
+def test_a_profile_may_name_a_users_own_images(tmp_path):
+    """Images in place of the tissue maps: one acquisition per subject, as many subjects as the split asks for."""
+    with h5py.File(tmp_path / "mine.h5", "w") as file:
+        file["image"] = np.random.default_rng(0).random((6, 70, 96)).astype(np.float32)
+        file["subject"] = np.repeat(np.arange(3), 2)
+    overrides = {"data.simulation.images": str(tmp_path / "mine.h5"), "data.subjects": [1, 1, 1]}
+    files = acquisition_files(load_profile("smoke", overrides), str(tmp_path / "out"), progress=False)
+    assert len(files) == 3
+    with h5py.File(files[0]) as file:
+        assert file["kspace"].shape[:2] == (2, 4) and file["reconstruction_rss"].shape == (2, 64, 96)

@@ -20,32 +20,32 @@ from torch import Tensor, nn
 
 from .files import content_key
 
-# %% ../nbs/21_losses.ipynb #c008
+# %% ../nbs/21_losses.ipynb #c012
 def as_real(x: Tensor) -> Tensor:
     "A complex tensor as a real one with a last axis (real, imaginary); a real tensor as it is."
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
-# %% ../nbs/21_losses.ipynb #c009
+# %% ../nbs/21_losses.ipynb #c014
 def smooth_l1(x_hat: Tensor, x: Tensor, beta: float = 1.0) -> Tensor:
     "Smooth l1 (Huber) distance, averaged over pixels and over real and imaginary parts: squared below `beta`, linear above."
     return F.smooth_l1_loss(as_real(x_hat), as_real(x), beta=beta)
 
-# %% ../nbs/21_losses.ipynb #c010
+# %% ../nbs/21_losses.ipynb #c016
 def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
     "Mean squared error over pixels and over real and imaginary parts."
     return F.mse_loss(as_real(x_hat), as_real(x))
 
-# %% ../nbs/21_losses.ipynb #c011
+# %% ../nbs/21_losses.ipynb #c017
 def l1(x_hat: Tensor, x: Tensor) -> Tensor:
     "Mean absolute error over pixels and over real and imaginary parts."
     return F.l1_loss(as_real(x_hat), as_real(x))
 
-# %% ../nbs/21_losses.ipynb #c014
+# %% ../nbs/21_losses.ipynb #c021
 def window_mean(x: Tensor, window: int) -> Tensor:
     "Mean over each `window`×`window` patch that lies wholly inside the image."
     return F.avg_pool2d(x, window, stride=1)
 
-# %% ../nbs/21_losses.ipynb #c015
+# %% ../nbs/21_losses.ipynb #c023
 def ssim_map(x_hat: Tensor, x: Tensor, data_range: Tensor, window: int = 7, k1: float = 0.01, k2: float = 0.03) -> Tensor:
     "SSIM of each 7×7 patch of two real images (B, C, H, W); `data_range` broadcasts to them."
     c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
@@ -56,7 +56,7 @@ def ssim_map(x_hat: Tensor, x: Tensor, data_range: Tensor, window: int = 7, k1: 
     covariance = unbiased * (window_mean(x_hat * x, window) - mean_hat * mean)
     return ((2 * mean_hat * mean + c1) * (2 * covariance + c2)) / ((mean_hat ** 2 + mean ** 2 + c1) * (variance_hat + variance + c2))
 
-# %% ../nbs/21_losses.ipynb #c016
+# %% ../nbs/21_losses.ipynb #c025
 def ssim_loss(x_hat: Tensor, x: Tensor, window: int = 7) -> Tensor:
     "1 − SSIM of the magnitudes of (B, C, H, W), averaged over patches and images; data range = maximum of each reference image."
     if min(x.shape[-2:]) < window:
@@ -65,38 +65,38 @@ def ssim_loss(x_hat: Tensor, x: Tensor, window: int = 7) -> Tensor:
     data_range = magnitude.detach().amax(dim=(-3, -2, -1), keepdim=True).clamp_min(1e-8)  # an all-zero reference must not divide by 0
     return 1 - ssim_map(magnitude_hat, magnitude, data_range, window).mean()
 
-# %% ../nbs/21_losses.ipynb #c024
+# %% ../nbs/21_losses.ipynb #c035
 def ssim_l1_loss(x_hat: Tensor, x: Tensor, weight: float = 4.0) -> Tensor:
     "SSIM loss plus `weight` times the mean absolute difference of the magnitudes of (B, C, H, W)."
     return ssim_loss(x_hat, x) + weight * (x_hat.abs() - x.abs()).abs().mean()
 
-# %% ../nbs/21_losses.ipynb #c026
+# %% ../nbs/21_losses.ipynb #c039
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Loss] = {"smooth_l1": smooth_l1, "ssim": ssim_loss, "ssim+l1": ssim_l1_loss, "l1": l1, "squared_error": squared_error}
 
-# %% ../nbs/21_losses.ipynb #c027
+# %% ../nbs/21_losses.ipynb #c041
 def default_loss(model: nn.Module) -> Loss:
     "The loss that the authors used for this network: SSIM for the two VarNets, smooth l1 for DEQ (and for any other)."
     return ssim_loss if {"VarNet", "E2EVarNet"} & {c.__name__ for c in type(model).__mro__} else smooth_l1
 
-# %% ../nbs/21_losses.ipynb #c030
+# %% ../nbs/21_losses.ipynb #c045
 def supervised_loss(model: nn.Module, y: Tensor, A: nn.Module, x: Tensor, loss: Loss) -> Tensor:
     "Eq. 7: distance between the reconstruction and the ground truth."
     return loss(model(y, A), x)
 
-# %% ../nbs/21_losses.ipynb #c032
+# %% ../nbs/21_losses.ipynb #c049
 def school_loss(model: nn.Module, y: Tensor, A: nn.Module, x_teacher: Tensor, loss: Loss) -> Tensor:
     "Eq. 8: distance between the student's reconstruction and its teacher's."
     return loss(model(y, A), x_teacher.detach())
 
-# %% ../nbs/21_losses.ipynb #c034
+# %% ../nbs/21_losses.ipynb #c053
 def data_fidelity(x_hat: Tensor, y: Tensor, A: nn.Module) -> Tensor:
     "First term of eq. 9: l1 distance in k-space, averaged over the *measured* points only."
     mask = getattr(A, "mask", None)
     num_measured = y.numel() if mask is None else int(mask.expand(y.shape).sum())
     return as_real(A(x_hat) - y).abs().sum() / (num_measured * (2 if y.is_complex() else 1))
 
-# %% ../nbs/21_losses.ipynb #c037
+# %% ../nbs/21_losses.ipynb #c057
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     "Turn each image of (B, C, H, W), real or complex, about its centre by its own angle (B,): bilinear, zeros from outside."
     if x.is_complex():
@@ -106,14 +106,15 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     cos, sin, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
     # affine_grid counts each axis from -1 to 1, whatever its number of pixels: hence the aspect ratio
     theta = torch.stack([torch.stack([cos, -sin * height / width, zero], -1), torch.stack([sin * width / height, cos, zero], -1)], -2)
-    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False),
+                         mode="bilinear", padding_mode="zeros", align_corners=False)
 
-# %% ../nbs/21_losses.ipynb #c040
+# %% ../nbs/21_losses.ipynb #c063
 def rotate_right(x: Tensor, quarters: Tensor) -> Tensor:
     "Turn each image of (B, C, H, W) by its own number of quarter turns (B,): pixels move, none is interpolated."
     return torch.stack([torch.rot90(image, int(k), dims=(-2, -1)) for image, k in zip(x, quarters)])
 
-# %% ../nbs/21_losses.ipynb #c042
+# %% ../nbs/21_losses.ipynb #c067
 def draw_rotation(kind: str, x: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     "φ ~ Φ: one random rotation per image of `x`; `kind` is \"any\" or \"right\"."
     batch, (height, width) = len(x), x.shape[-2:]
@@ -123,7 +124,7 @@ def draw_rotation(kind: str, x: Tensor, generator: torch.Generator) -> Callable[
     quarters = torch.randint(1, 4, (batch,), generator=generator) if height == width else torch.full((batch,), 2)
     return lambda image: rotate_right(image, quarters)
 
-# %% ../nbs/21_losses.ipynb #c046
+# %% ../nbs/21_losses.ipynb #c073
 def model_operator(model: nn.Module, y: Tensor, A: nn.Module) -> nn.Module:
     "The operator that the network itself believes in: E2E-VarNet's has the maps that it estimated; others use `A`."
     if not callable(getattr(model, "operator", None)):
@@ -131,7 +132,7 @@ def model_operator(model: nn.Module, y: Tensor, A: nn.Module) -> nn.Module:
     with torch.no_grad():  # the loss judges the image; it must not be lowered by bending the physics
         return model.operator(y, A)
 
-# %% ../nbs/21_losses.ipynb #c049
+# %% ../nbs/21_losses.ipynb #c077
 def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callable[[Tensor], Tensor], loss: Loss = squared_error,
                  rotate_maps: bool = False, detach: bool = False) -> Tensor:
     "Second term of eq. 9: turn the reconstruction, measure it, reconstruct again; the same turned image should come out."
@@ -141,7 +142,7 @@ def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callab
     A_phi = A.transformed(rotation) if rotate_maps else A
     return loss(model(A_phi(x_phi), A_phi), x_phi)
 
-# %% ../nbs/21_losses.ipynb #c053
+# %% ../nbs/21_losses.ipynb #c083
 def self_supervised_loss(
     model: nn.Module,
     y: Tensor,  # complex (B, coils, H, W)
@@ -160,7 +161,7 @@ def self_supervised_loss(
     rotation = draw_rotation(rotations, x_hat, generator)
     return loss + weight * equivariance(model, x_hat, A_model, rotation, rotate_maps=rotate_maps, detach=detach)
 
-# %% ../nbs/21_losses.ipynb #c058
+# %% ../nbs/21_losses.ipynb #c089
 class Strategy:
     "What the training loop asks: `strategy(model, batch, generator)` is the loss of one batch."
     name = ""
@@ -177,7 +178,7 @@ class Strategy:
         "Move whatever the strategy computes with."
         return self
 
-# %% ../nbs/21_losses.ipynb #c059
+# %% ../nbs/21_losses.ipynb #c091
 class Supervised(Strategy):
     "Eq. 7; the only strategy that reads the ground truth."
     name, needs_ground_truth = "supervised", True
@@ -187,19 +188,20 @@ class Supervised(Strategy):
 
     def __call__(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
         if batch.x is None:
-            raise ValueError("strategy 'supervised' needs a ground truth, and this batch has none (x is None); use 'school' or 'self-supervised'")
+            raise ValueError("strategy 'supervised' needs a ground truth, and this batch has none (x is None); "
+                             "use 'school' or 'self-supervised'")
         return supervised_loss(model, batch.y, batch.A, batch.x, self.loss)
 
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, "loss": self.loss.__name__}
 
-# %% ../nbs/21_losses.ipynb #c061
+# %% ../nbs/21_losses.ipynb #c093
 def weights_key(weights: nn.Module | dict[str, Tensor]) -> str:
     "Sixteen hexadecimal digits that change when any weight, name or width of a model, or of its state dict, does."
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     return content_key(*(part for name in sorted(state) for part in (name, state[name])))
 
-# %% ../nbs/21_losses.ipynb #c063
+# %% ../nbs/21_losses.ipynb #c097
 class School(Strategy):
     "Eq. 8; keeps a frozen copy of the teacher and remembers its answers."
     name = "school"
@@ -231,7 +233,7 @@ class School(Strategy):
         self.answers.clear()
         return self
 
-# %% ../nbs/21_losses.ipynb #c064
+# %% ../nbs/21_losses.ipynb #c099
 class SelfSupervised(Strategy):
     "Eq. 9; sees measurements only."
     name = "self-supervised"
@@ -247,7 +249,7 @@ class SelfSupervised(Strategy):
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, **self.choices}
 
-# %% ../nbs/21_losses.ipynb #c065
+# %% ../nbs/21_losses.ipynb #c101
 STRATEGIES = ("supervised", "school", "self-supervised")
 
 def make_strategy(name: str, teacher: nn.Module | None = None, loss: Loss | str = smooth_l1, **settings) -> Strategy:

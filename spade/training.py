@@ -70,7 +70,7 @@ class Settings:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected at least 1")
 
-# %% ../nbs/22_training.ipynb #c008
+# %% ../nbs/22_training.ipynb #c009
 def make_settings(**settings: Any) -> Settings:
     "`Settings(**settings)`, naming the choices where a key is unknown."
     known = [f.name for f in fields(Settings)]
@@ -79,7 +79,7 @@ def make_settings(**settings: Any) -> Settings:
         raise TypeError(f"unknown setting {unknown[0]!r}; choose among {', '.join(known)}")
     return Settings(**settings)
 
-# %% ../nbs/22_training.ipynb #c011
+# %% ../nbs/22_training.ipynb #c013
 def learning_rate_at(step: int, steps: int, settings: Settings) -> float:
     "The learning rate of update number `step`, from 0, of `steps`."
     if step < settings.warmup:
@@ -88,13 +88,13 @@ def learning_rate_at(step: int, steps: int, settings: Settings) -> float:
         return settings.learning_rate
     return settings.learning_rate * (1 + math.cos(math.pi * (step - settings.warmup) / max(steps - settings.warmup, 1))) / 2
 
-# %% ../nbs/22_training.ipynb #c014
+# %% ../nbs/22_training.ipynb #c018
 def derived_seed(*parts: int | str) -> int:
     "A seed in [0, 2⁶³) made from `parts`, e.g. (seed, \"step\", 12); equal parts, equal seed, on every machine."
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
-# %% ../nbs/22_training.ipynb #c017
+# %% ../nbs/22_training.ipynb #c022
 @contextmanager
 def own_randomness() -> Iterator[None]:
     "Lets the loop seed torch's global generators as it likes; the caller's state comes back afterwards."
@@ -102,7 +102,7 @@ def own_randomness() -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         yield
 
-# %% ../nbs/22_training.ipynb #c020
+# %% ../nbs/22_training.ipynb #c026
 def move(value: Any, device: torch.device) -> Any:
     "`value` with every tensor and every operator in it on `device`; text and numbers as they are."
     if isinstance(value, (Tensor, nn.Module)):
@@ -113,21 +113,23 @@ def move(value: Any, device: torch.device) -> Any:
         return type(value)(move(v, device) for v in value)
     return {k: move(v, device) for k, v in value.items()} if isinstance(value, dict) else value
 
-# %% ../nbs/22_training.ipynb #c023
+# %% ../nbs/22_training.ipynb #c032
 def as_loader(data: Dataset | Iterable, settings: Settings) -> Iterable:
     "A dataset of `spade.data` as a shuffled loader; everything else as it is."
     if isinstance(data, Dataset) and not callable(getattr(data, "shape", None)):
         raise TypeError(f"{type(data).__name__} is not a dataset of spade.data; pass a DataLoader that yields batches (y, A, x, info)")
-    return loader(data, settings.batch_size, shuffle=True, seed=settings.seed, num_workers=settings.num_workers) if isinstance(data, Dataset) else data
+    return (loader(data, settings.batch_size, shuffle=True, seed=settings.seed, num_workers=settings.num_workers)
+            if isinstance(data, Dataset) else data)
 
-# %% ../nbs/22_training.ipynb #c024
+# %% ../nbs/22_training.ipynb #c034
 def epoch_batches(data: Iterable, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator:
     "The batches of one epoch from number `start` on, for process `rank` of `world`, in an order that (seed, epoch) determines."
     if callable(getattr(getattr(data, "batch_sampler", None), "set_epoch", None)):
         data.batch_sampler.set_epoch(epoch)
         order = list(data.batch_sampler)
         order = order[:len(order) // world * world]  # every process gets as many
-        yield from DataLoader(data.dataset, batch_sampler=order[start * world + rank::world], collate_fn=data.collate_fn, num_workers=data.num_workers)
+        yield from DataLoader(data.dataset, batch_sampler=order[start * world + rank::world],
+                              collate_fn=data.collate_fn, num_workers=data.num_workers)
         return
     batches, number = iter(data), 0
     while True:
@@ -140,7 +142,7 @@ def epoch_batches(data: Iterable, seed: int, epoch: int, start: int = 0, rank: i
             yield batch
         number += 1
 
-# %% ../nbs/22_training.ipynb #c026
+# %% ../nbs/22_training.ipynb #c038
 def stream(data: Iterable, first: int, per_epoch: int | None, seed: int, rank: int = 0, world: int = 1) -> Iterator:
     "Batches without end from number `first` of the run on, epoch after epoch."
     epoch, start = divmod(first, per_epoch) if per_epoch else (0, first)
@@ -150,15 +152,17 @@ def stream(data: Iterable, first: int, per_epoch: int | None, seed: int, rank: i
             empty = False
             yield batch
         if empty:
-            raise ValueError(f"data gave no batch in epoch {epoch + 1}; expected a dataset, a DataLoader or a list of batches, which can be read more than once")
+            raise ValueError(f"data gave no batch in epoch {epoch + 1}; "
+                             "expected a dataset, a DataLoader or a list of batches, which can be read more than once")
         epoch, start = epoch + 1, 0
 
-# %% ../nbs/22_training.ipynb #c029
+# %% ../nbs/22_training.ipynb #c042
 class Loop:
     "A model, its optimizer, and what one update does to them."
 
     def __init__(self, model: nn.Module, strategy: Strategy, accelerator: Accelerator, settings: Settings):
-        self.model, self.strategy, self.accelerator, self.settings = model.to(accelerator.device), strategy.to(accelerator.device), accelerator, settings
+        self.model, self.strategy, self.accelerator, self.settings = (
+            model.to(accelerator.device), strategy.to(accelerator.device), accelerator, settings)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"{type(model).__name__} has no trainable parameter: every one has requires_grad=False")
@@ -214,7 +218,7 @@ class Loop:
         raise FloatingPointError(f"{why} in step {step + 1} at learning rate {learning_rate:g}; the model has its last good weights back: "
                                  "lower learning_rate or set clip") from cause
 
-# %% ../nbs/22_training.ipynb #c035
+# %% ../nbs/22_training.ipynb #c051
 @dataclass
 class TrainingLog:
     "What a run did, update by update."
@@ -242,17 +246,18 @@ class TrainingLog:
         frame.index.name = "step"
         return frame.join(pd.Series({int(step): score for step, score in self.validation}, name="validation", dtype=float))
 
-# %% ../nbs/22_training.ipynb #c037
+# %% ../nbs/22_training.ipynb #c056
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "Adam's state as named tensors."
-    return {f"optimizer.{index}.{name}": value for index, entries in optimizer.state_dict()["state"].items() for name, value in entries.items()}
+    return {f"optimizer.{index}.{name}": value
+            for index, entries in optimizer.state_dict()["state"].items() for name, value in entries.items()}
 
-# %% ../nbs/22_training.ipynb #c038
+# %% ../nbs/22_training.ipynb #c058
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "The tensors whose name begins with `prefix.`, without it."
     return {name.removeprefix(prefix + "."): value for name, value in tensors.items() if name.startswith(prefix + ".")}
 
-# %% ../nbs/22_training.ipynb #c039
+# %% ../nbs/22_training.ipynb #c060
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     "Put back what `optimizer_tensors` took."
     state: dict[int, dict[str, Tensor]] = {}
@@ -261,7 +266,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         state.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/22_training.ipynb #c041
+# %% ../nbs/22_training.ipynb #c064
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     "Tensors and description of a file written by a run."
     try:
@@ -270,7 +275,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no checkpoint of a training run ({error}); remove it to start afresh") from None
 
-# %% ../nbs/22_training.ipynb #c043
+# %% ../nbs/22_training.ipynb #c066
 def fingerprint(model: nn.Module, strategy: Strategy, settings: Settings, steps: int, per_epoch: int | None, world: int) -> dict[str, Any]:
     "What must be equal for a run to be continued, as JSON."
     names = ["learning_rate", "schedule", "warmup", "clip", "batch_size", "accumulate", "mixed_precision", "seed", "keep_best"]
@@ -278,16 +283,17 @@ def fingerprint(model: nn.Module, strategy: Strategy, settings: Settings, steps:
     return {"network": type(model).__name__, "weights": weights_key(model), "batches_per_epoch": per_epoch, "processes": world,
             **{name: getattr(settings, name) for name in names}, **shape, **strategy.settings()}
 
-# %% ../nbs/22_training.ipynb #c044
+# %% ../nbs/22_training.ipynb #c068
 def check_same_run(path: Path, found: dict, expected: dict, weights_now: str) -> None:
     "Refuse to continue a run that was started with other settings or weights; `weights_now` is the key of those in the file."
     changes = [f"{k} was {found.get(k)!r} and is now {expected[k]!r}" for k in expected if k != "weights" and found.get(k) != expected[k]]
     if not changes and expected["weights"] not in (found["weights"], weights_now):
         changes = [f"it began with other weights of {expected['network']}"]
     if changes:
-        raise ValueError(f"{path} belongs to another run: {', '.join(changes)}; choose another folder, or remove this file to start afresh")
+        raise ValueError(f"{path} belongs to another run: {', '.join(changes)}; "
+                         "choose another folder, or remove this file to start afresh")
 
-# %% ../nbs/22_training.ipynb #c045
+# %% ../nbs/22_training.ipynb #c070
 class Run:
     "A loop with its log, and where both are kept."
 
@@ -332,7 +338,7 @@ class Run:
             log.best_step = log.steps
             self.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()} if self.loop.settings.keep_best else None
 
-# %% ../nbs/22_training.ipynb #c047
+# %% ../nbs/22_training.ipynb #c072
 class StopRequest:
     "Turns the first Ctrl-C into a request to stop after the present update; the second interrupts at once."
     def __init__(self):
@@ -352,14 +358,14 @@ class StopRequest:
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
 
-# %% ../nbs/22_training.ipynb #c050
+# %% ../nbs/22_training.ipynb #c077
 def new_accelerator(mixed_precision: str) -> Accelerator:
     "Accelerate keeps one state per process; an earlier run's precision must not bind this one."
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision)
 
-# %% ../nbs/22_training.ipynb #c051
+# %% ../nbs/22_training.ipynb #c079
 def count_steps(settings: Settings, per_epoch: int | None) -> int:
     "Updates of the run."
     if settings.steps is not None:
@@ -368,7 +374,7 @@ def count_steps(settings: Settings, per_epoch: int | None) -> int:
         raise ValueError("epochs needs data whose length is known; give steps instead")
     return math.ceil(settings.epochs * per_epoch / settings.accumulate)
 
-# %% ../nbs/22_training.ipynb #c052
+# %% ../nbs/22_training.ipynb #c081
 def train(
     model: nn.Module,  # trained in place, and left in eval mode
     data: Dataset | Iterable,  # a dataset of spade.data, a DataLoader, or any collection of batches
@@ -401,15 +407,17 @@ def train(
             if last or stop.requested or log.steps % chosen.checkpoint_every == 0:
                 run.save()
             if stop.requested and not last:
-                raise KeyboardInterrupt(f"stopped after step {log.steps} of {steps}" + (f"; call again with folder={str(chosen.folder)!r} to go on" if chosen.folder else ""))
+                raise KeyboardInterrupt(f"stopped after step {log.steps} of {steps}"
+                                        + (f"; call again with folder={str(chosen.folder)!r} to go on" if chosen.folder else ""))
     if run.best is not None:
         model.load_state_dict(run.best)
     model.eval()
     return log
 
-# %% ../nbs/22_training.ipynb #c058
+# %% ../nbs/22_training.ipynb #c094
 STRATEGY_SETTINGS = ("loss", "remember", "rotations", "rotate_maps", "weight", "detach")
 
+# %% ../nbs/22_training.ipynb #c095
 def finetune(
     student: nn.Module,  # trained in place
     data: Dataset | Iterable,  # training set with ground truth for "supervised"; the test measurements for the other two

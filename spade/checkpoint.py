@@ -19,31 +19,33 @@ from torch import nn
 from .files import atomic_write, write_json
 from .models import NETWORKS
 
-# %% ../nbs/23_checkpoint.ipynb #c006
+# %% ../nbs/23_checkpoint.ipynb #c007
 WIDTHS = ("in_channels", "out_channels", "in_features", "out_features", "num_features", "num_channels", "num_parameters", "groups")
 
+# %% ../nbs/23_checkpoint.ipynb #c008
 def layer_widths(model: nn.Module) -> dict[str, dict[str, int]]:
     "Of each layer that has a width, by name: what its width attributes say."
-    widths = {name: {w: getattr(layer, w) for w in WIDTHS if isinstance(getattr(layer, w, None), int)} for name, layer in model.named_modules()
-              if not list(layer.children())}
+    widths = {name: {w: getattr(layer, w) for w in WIDTHS if isinstance(getattr(layer, w, None), int)}
+              for name, layer in model.named_modules() if not list(layer.children())}
     return {name: w for name, w in widths.items() if w}
 
-# %% ../nbs/23_checkpoint.ipynb #c008
+# %% ../nbs/23_checkpoint.ipynb #c012
 FORMAT = "spade-1"
 
+# %% ../nbs/23_checkpoint.ipynb #c013
 def describe(model: nn.Module, **provenance: Any) -> dict[str, Any]:
     "What is needed to build `model` again, without its weights, as JSON."
     config = model.config() if callable(getattr(model, "config", None)) else None
     return dict(format=FORMAT, model=type(model).__name__, config=config, widths=layer_widths(model),
                 parameters=sum(p.numel() for p in model.parameters()), provenance=provenance)
 
-# %% ../nbs/23_checkpoint.ipynb #c011
+# %% ../nbs/23_checkpoint.ipynb #c019
 def paths(path: str | Path) -> tuple[Path, Path]:
     "The two files of a checkpoint; `path` may be given with or without `.safetensors`."
     stem = str(path).removesuffix(".safetensors")
     return Path(stem + ".safetensors"), Path(stem + ".json")
 
-# %% ../nbs/23_checkpoint.ipynb #c012
+# %% ../nbs/23_checkpoint.ipynb #c021
 def save(model: nn.Module, path: str | Path, **provenance: Any) -> Path:
     "Write `model` to `path.safetensors`, whole or not at all, and its description beside it for people; `provenance` is any JSON."
     weights_path, description_path = paths(path)
@@ -54,7 +56,7 @@ def save(model: nn.Module, path: str | Path, **provenance: Any) -> Path:
     write_json(description_path, description)
     return weights_path
 
-# %% ../nbs/23_checkpoint.ipynb #c016
+# %% ../nbs/23_checkpoint.ipynb #c028
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     "Weights and description of a checkpoint."
     weights_path, _ = paths(path)
@@ -70,7 +72,7 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"{weights_path} has no description of a network in its header; expected a file written by spade.save")
     return tensors, json.loads(metadata["spade"])
 
-# %% ../nbs/23_checkpoint.ipynb #c017
+# %% ../nbs/23_checkpoint.ipynb #c030
 def build(description: dict[str, Any], path: Path) -> nn.Module:
     "The unpruned network that a description names, freshly made."
     classes, name = {c.__name__: c for c in NETWORKS.values()}, description["model"]
@@ -79,15 +81,17 @@ def build(description: dict[str, Any], path: Path) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # its random start is thrown away; the caller's generator must not notice
         return classes[name](**description["config"])
 
-# %% ../nbs/23_checkpoint.ipynb #c018
+# %% ../nbs/23_checkpoint.ipynb #c032
 def check_architecture(model: nn.Module, description: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> None:
     "Raise if the checkpoint's layers are not those of `model`, widths aside."
     state = model.state_dict()
-    wrong = set(description["widths"]) ^ set(layer_widths(model)) or set(tensors) ^ set(state) or {k for k in state if state[k].shape[2:] != tensors[k].shape[2:]}
+    wrong = (set(description["widths"]) ^ set(layer_widths(model)) or set(tensors) ^ set(state)
+             or {k for k in state if state[k].shape[2:] != tensors[k].shape[2:]})
     if wrong:
-        raise ValueError(f"{path} holds another architecture than this {type(model).__name__}: they differ in {min(wrong)!r} and {len(wrong) - 1} more")
+        raise ValueError(f"{path} holds another architecture than this {type(model).__name__}: "
+                         f"they differ in {min(wrong)!r} and {len(wrong) - 1} more")
 
-# %% ../nbs/23_checkpoint.ipynb #c020
+# %% ../nbs/23_checkpoint.ipynb #c034
 def fill(model: nn.Module, widths: dict[str, dict[str, int]], tensors: dict[str, torch.Tensor]) -> None:
     "Give each layer of `model` the widths, and each parameter and buffer the values, of a checkpoint."
     layers = dict(model.named_modules())
@@ -102,7 +106,7 @@ def fill(model: nn.Module, widths: dict[str, dict[str, int]], tensors: dict[str,
         else:
             layers[owner]._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
 
-# %% ../nbs/23_checkpoint.ipynb #c021
+# %% ../nbs/23_checkpoint.ipynb #c036
 def load(
     path: str | Path,  # with or without `.safetensors`
     model: nn.Module | None = None,  # for a foreign network: an instance, pruned or not, which stays as it is

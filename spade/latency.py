@@ -26,7 +26,7 @@ def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
-# %% ../nbs/24_latency.ipynb #c008
+# %% ../nbs/24_latency.ipynb #c009
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     "Wall time of one call, in seconds."
     synchronize(device)
@@ -35,7 +35,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
     return time.perf_counter() - began
 
-# %% ../nbs/24_latency.ipynb #c010
+# %% ../nbs/24_latency.ipynb #c013
 @contextmanager
 def num_threads(threads: int | None) -> Iterator[int]:
     "Let torch compute with `threads` CPU threads (None: as many as it has now), and put the number back afterwards."
@@ -46,34 +46,37 @@ def num_threads(threads: int | None) -> Iterator[int]:
     finally:
         torch.set_num_threads(before)
 
-# %% ../nbs/24_latency.ipynb #c013
+# %% ../nbs/24_latency.ipynb #c017
 def device_name(device: torch.device) -> str:
     "The name of the processor or GPU, for a caption."
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    names = ([line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+             if cpuinfo.exists() else [])
     return names[0] if names else platform.processor() or platform.machine()
 
-# %% ../nbs/24_latency.ipynb #c015
+# %% ../nbs/24_latency.ipynb #c021
 def paper_inputs(shape: tuple[int, int] = (320, 320), num_coils: int = 16, acceleration: int = 6, batch_size: int = 1, seed: int = 0,
                  device: torch.device | str = "cpu") -> tuple[Tensor, MultiCoilMRI]:
     "A random measurement of the paper's size and its operator; speed does not depend on what the numbers are."
     generator = torch.Generator().manual_seed(seed)
     def complex_normal(*size: int) -> Tensor:
         return torch.complex(*(torch.randn(size, generator=generator) for _ in range(2)))
-    A = MultiCoilMRI(equispaced_mask(shape[1], acceleration, offset=0), normalize_maps(complex_normal(batch_size, num_coils, *shape))).to(device)
+    A = MultiCoilMRI(equispaced_mask(shape[1], acceleration, offset=0),
+                     normalize_maps(complex_normal(batch_size, num_coils, *shape))).to(device)
     return A(complex_normal(batch_size, 1, *shape).to(device)), A
 
-# %% ../nbs/24_latency.ipynb #c018
+# %% ../nbs/24_latency.ipynb #c025
 def check_tolerances(models: dict[str, Callable]) -> None:
     "Refuse to compare iterative networks that stop at different tolerances."
-    stops = {name: (m.tolerance, m.max_iterations) for name, m in models.items() if hasattr(m, "tolerance") and hasattr(m, "max_iterations")}
+    stops = {name: (m.tolerance, m.max_iterations) for name, m in models.items()
+             if hasattr(m, "tolerance") and hasattr(m, "max_iterations")}
     if len(set(stops.values())) > 1:
         found = ", ".join(f"{name}: {tolerance:g} within {most}" for name, (tolerance, most) in stops.items())
         raise ValueError(f"networks are timed at equal solver tolerance and equal largest number of iterations, found {found}")
 
-# %% ../nbs/24_latency.ipynb #c019
+# %% ../nbs/24_latency.ipynb #c029
 @contextmanager
 def evaluating(models: Iterable[Callable]) -> Iterator[None]:
     "Every network among `models` in eval mode and without gradients; each is put back as it was."
@@ -87,7 +90,7 @@ def evaluating(models: Iterable[Callable]) -> Iterator[None]:
         for m, mode in before.items():
             m.training = mode
 
-# %% ../nbs/24_latency.ipynb #c020
+# %% ../nbs/24_latency.ipynb #c031
 def quartiles(seconds: dict[str, list[float]]) -> pd.DataFrame:
     "Median and quartiles of each list, and how many times faster than the first each is."
     rows = {name: pd.Series(s).quantile([0.5, 0.25, 0.75]).to_list() for name, s in seconds.items()}
@@ -95,7 +98,7 @@ def quartiles(seconds: dict[str, list[float]]) -> pd.DataFrame:
     frame["speed_up"] = frame["seconds"].iloc[0] / frame["seconds"]
     return frame.rename_axis("model")
 
-# %% ../nbs/24_latency.ipynb #c021
+# %% ../nbs/24_latency.ipynb #c035
 def measure(
     models: dict[str, Callable],  # by name; the first is what the others are compared with
     y: Tensor,  # a measurement, on the device to measure on
@@ -106,7 +109,8 @@ def measure(
 ) -> pd.DataFrame:  # a row per model: seconds (median), lower_quartile, upper_quartile, speed_up, iterations; `.attrs["measured_on"]`
     "Time `model(y, A)` of several models, taking turns in one run."
     if not models or repeats < 1 or warmup < 0:
-        raise ValueError(f"expected at least one model, repeats >= 1 and warmup >= 0, found {len(models)} models, repeats={repeats} and warmup={warmup}")
+        raise ValueError("expected at least one model, repeats >= 1 and warmup >= 0, "
+                         f"found {len(models)} models, repeats={repeats} and warmup={warmup}")
     check_tolerances(models)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with num_threads(threads) as used, evaluating(models.values()):
@@ -118,10 +122,11 @@ def measure(
     frame = quartiles(seconds)
     frame["iterations"] = [getattr(m, "last_iterations", None) for m in models.values()]
     on = device_name(y.device) + (f", {used} thread{'s' if used > 1 else ''}" if y.device.type == "cpu" else "")
-    frame.attrs["measured_on"] = f"{on}; y {' × '.join(map(str, y.shape))}, {str(y.dtype).removeprefix('torch.')}; median of {repeats} calls taking turns"
+    frame.attrs["measured_on"] = (f"{on}; y {' × '.join(map(str, y.shape))}, {str(y.dtype).removeprefix('torch.')}; "
+                                  f"median of {repeats} calls taking turns")
     return frame
 
-# %% ../nbs/24_latency.ipynb #c032
+# %% ../nbs/24_latency.ipynb #c049
 def one_iteration(model: nn.Module) -> Callable[[Tensor, nn.Module], Tensor]:
     "One application of a DEQ's $T$ to the zero-filled image, as a callable `(y, A)` for `measure`."
     if not callable(getattr(model, "step", None)):

@@ -32,7 +32,7 @@ from .losses import STRATEGIES
 from .profiles import STARTS, Profile, Training, as_plain, choose, describe_device, pick_device, project_root, provenance, resolve
 from .pruning import prune
 
-# %% ../nbs/26_experiment.ipynb #c005
+# %% ../nbs/26_experiment.ipynb #c006
 @dataclass(frozen=True)
 class Run:
     """One call of an experiment notebook. A teacher has no strategy and ratio 0. Raises ValueError for a name that is not known."""
@@ -70,7 +70,7 @@ class Run:
     def folder(self, out: str | Path) -> Path:
         return resolve(out) / "runs" / self.name
 
-# %% ../nbs/26_experiment.ipynb #c009
+# %% ../nbs/26_experiment.ipynb #c012
 def acquisition_files(profile: Profile, data: str = "", progress: bool = True) -> list[Path]:
     """The profile's HDF5 files, simulated where the profile says so and they are not there yet.
 
@@ -83,7 +83,7 @@ def acquisition_files(profile: Profile, data: str = "", progress: bool = True) -
     images = resolve(simulation.images) if simulation.images else None
     return phantom.simulate(folder, sum(profile.data.subjects), simulation.slices, images=images, **settings)
 
-# %% ../nbs/26_experiment.ipynb #c011
+# %% ../nbs/26_experiment.ipynb #c014
 def datasets(profile: Profile, run: Run, data: str = "", progress: bool = True) -> dict[str, MultiCoilSlices]:
     """The slices of the training, validation and test subjects, sampled for this run."""
     files = split_subjects(acquisition_files(profile, data, progress), profile.data.subjects, profile.data.seed)
@@ -91,7 +91,7 @@ def datasets(profile: Profile, run: Run, data: str = "", progress: bool = True) 
                     seed=profile.data.seed, acquisition=profile.data.acquisition or None)
     return {split: MultiCoilSlices(paths, **sampling) for split, paths in files.items()}
 
-# %% ../nbs/26_experiment.ipynb #c015
+# %% ../nbs/26_experiment.ipynb #c020
 def checksum(path: Path, stretch: int = 1 << 16) -> str:
     """SHA-256 of a file's size and of `stretch` bytes each from its beginning, middle and end."""
     size = path.stat().st_size
@@ -102,12 +102,12 @@ def checksum(path: Path, stretch: int = 1 << 16) -> str:
             digest.update(file.read(stretch))
     return digest.hexdigest()[:16]
 
-
+# %% ../nbs/26_experiment.ipynb #c022
 def data_checksum(files: Iterable[Path]) -> str:
     """One checksum for a set of files; it does not depend on the folder or on the order."""
     return content_key(sorted([path.name, checksum(path)] for path in files))
 
-# %% ../nbs/26_experiment.ipynb #c018
+# %% ../nbs/26_experiment.ipynb #c026
 def build_network(network: str, profile: Profile, seed: int = 0) -> nn.Module:
     """The untrained network in the profile's size; its weights depend on `seed` only."""
     if network not in profile.networks:
@@ -116,12 +116,12 @@ def build_network(network: str, profile: Profile, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         return build(network, **profile.networks[network].arguments)
 
-# %% ../nbs/26_experiment.ipynb #c021
+# %% ../nbs/26_experiment.ipynb #c030
 def shipped_teacher(run: Run, profile: Profile) -> Path:
     """Where a teacher for this network, acceleration and profile would lie in the package."""
     return Path(checkpoint.__file__).parent / "assets" / "teachers" / f"{run.network}_R{run.acceleration}_{profile.name}.safetensors"
 
-
+# %% ../nbs/26_experiment.ipynb #c032
 def find_teacher(run: Run, profile: Profile, out: str | Path, teacher: str = "") -> Path:
     """The teacher's checkpoint: the one named, else that of the pretraining run in `out`, else the one that ships.
 
@@ -137,13 +137,13 @@ def find_teacher(run: Run, profile: Profile, out: str | Path, teacher: str = "")
     raise FileNotFoundError(f"no teacher for {run.name} in profile {profile.name!r}: run pretrain.ipynb with network={run.network!r}, "
                             f"acceleration={run.acceleration}, seed={run.seed} first, or name a checkpoint in the parameter teacher")
 
-# %% ../nbs/26_experiment.ipynb #c024
+# %% ../nbs/26_experiment.ipynb #c036
 def loop_settings(training: Training, run: Run, profile: Profile, folder: str | Path | None = None) -> dict:
     """Arguments of `spade.training.train` for this run."""
     settings = {name: value for name, value in asdict(training).items() if name != "loss"}
     return {**settings, "seed": run.seed, "mixed_precision": profile.mixed_precision, "folder": folder}
 
-
+# %% ../nbs/26_experiment.ipynb #c038
 def use_device(profile: Profile) -> torch.device:
     """Make the training loop compute where the profile says; returns that device."""
     device = pick_device(profile.device)
@@ -151,21 +151,21 @@ def use_device(profile: Profile) -> torch.device:
     torch.set_num_threads(profile.threads)
     return device
 
-# %% ../nbs/26_experiment.ipynb #c027
+# %% ../nbs/26_experiment.ipynb #c042
 #: modules without influence on a run's numbers
 NOT_IN_KEY: tuple[str, ...] = ("__init__", "_modidx", "paper", "report", "batch", "latency")
 
-
+# %% ../nbs/26_experiment.ipynb #c043
 def notebook_path(name: str) -> Path:
     """The experiment notebook `name`."""
     return project_root() / "nbs" / "experiments" / f"{name}.ipynb"
 
-
+# %% ../nbs/26_experiment.ipynb #c045
 def without_comments(source: str) -> str:
     """Python source in a normal form: a changed comment or line break changes no number."""
     return ast.unparse(ast.parse(source))
 
-
+# %% ../nbs/26_experiment.ipynb #c047
 def code_key(notebook: str) -> str:
     """Key of the code cells of an experiment notebook, its parameters aside, and of the library that it uses."""
     cells = nbformat.read(notebook_path(notebook), as_version=4).cells if notebook_path(notebook).is_file() else []
@@ -175,7 +175,7 @@ def code_key(notebook: str) -> str:
                if path.stem not in NOT_IN_KEY or path.parent != package}
     return content_key([without_comments(cell) for cell in code], {name: without_comments(text) for name, text in modules.items()})
 
-# %% ../nbs/26_experiment.ipynb #c028
+# %% ../nbs/26_experiment.ipynb #c049
 def run_key(run: Run, profile: Profile, teacher: str = "", data: str = "") -> str:
     """The key of a run; `teacher` is the checksum of the checkpoint it starts from, empty for a network trained from scratch."""
     plain, network = as_plain(profile), as_plain(profile.networks[run.network])
@@ -186,25 +186,26 @@ def run_key(run: Run, profile: Profile, teacher: str = "", data: str = "") -> st
             settings.pop("checkpoint_every", None)
     return content_key(asdict(run), read, network["arguments"], training, code_key(run.notebook), teacher, data)
 
-# %% ../nbs/26_experiment.ipynb #c031
+# %% ../nbs/26_experiment.ipynb #c053
 CRITERION = "group l1"     # eq. 6, the one criterion of the paper
 
-
+# %% ../nbs/26_experiment.ipynb #c055
 def tidy(table: pd.DataFrame, run: Run, model: str = "", strategy: str | None = None) -> pd.DataFrame:
     """The wide table of `spade.metrics.evaluate` as one row per number, with the run's facts."""
     measured = [column for column in ("psnr", "ssim", "iterations") if column in table and table[column].notna().all()]
     image = table["subject"].astype(str) + "/" + table["slice"].astype(str)
     long = table[measured].astype(float).assign(image=image).melt("image", var_name="metric")
-    facts = {"model": model or run.network, "acceleration": run.acceleration, "criterion": CRITERION if run.strategy else "", "ratio": run.ratio,
+    facts = {"model": model or run.network, "acceleration": run.acceleration,
+             "criterion": CRITERION if run.strategy else "", "ratio": run.ratio,
              "strategy": run.strategy if strategy is None else strategy, "start": run.start, "seed": run.seed}
     return long.assign(**facts)[[*facts, "image", "metric", "value"]]
 
-# %% ../nbs/26_experiment.ipynb #c035
+# %% ../nbs/26_experiment.ipynb #c061
 def write_csv(path: str | Path, table: pd.DataFrame) -> Path:
     """Write a table without its index; six significant digits."""
     return atomic_write(path, lambda part: table.to_csv(part, index=False, float_format="%.6g"))
 
-
+# %% ../nbs/26_experiment.ipynb #c063
 def write_images(path: str | Path, images: dict[str, torch.Tensor | np.ndarray]) -> Path:
     """Write magnitudes of images as float16 to one .npz file."""
     arrays = {name: np.abs(np.asarray(image.detach().cpu() if torch.is_tensor(image) else image)).squeeze().astype(np.float16)
@@ -215,20 +216,21 @@ def write_images(path: str | Path, images: dict[str, torch.Tensor | np.ndarray])
             np.savez_compressed(file, **arrays)
     return atomic_write(path, write)
 
-# %% ../nbs/26_experiment.ipynb #c038
+# %% ../nbs/26_experiment.ipynb #c067
 def picture_batch(test: MultiCoilSlices) -> Batch:
     """The test slice that figures show, as a batch of one."""
     of_first = [i for i, (volume, _) in enumerate(test.index) if volume.subject == test.index[0][0].subject]
     return collate([test[of_first[len(of_first) // 2]]])
 
-# %% ../nbs/26_experiment.ipynb #c041
+# %% ../nbs/26_experiment.ipynb #c072
 def summarize(metrics: pd.DataFrame) -> dict[str, float]:
     """Mean over images of each metric, named `model strategy metric`."""
     means = metrics.groupby(["model", "strategy", "metric"])["value"].mean()
     return {" ".join(filter(None, name)): round(float(value), 4) for name, value in means.items()}
 
-
-def write_result(run: Run, profile: Profile, out: str | Path, key: str, metrics: pd.DataFrame, splits: dict[str, MultiCoilSlices], **facts) -> Path:
+# %% ../nbs/26_experiment.ipynb #c076
+def write_result(run: Run, profile: Profile, out: str | Path, key: str, metrics: pd.DataFrame,
+                 splits: dict[str, MultiCoilSlices], **facts) -> Path:
     """Write metrics.csv and, last, result.json of a run. `facts` are written as they are, e.g. seconds, parameters, teacher."""
     folder = run.folder(out)
     write_csv(folder / "metrics.csv", metrics)
@@ -238,26 +240,26 @@ def write_result(run: Run, profile: Profile, out: str | Path, key: str, metrics:
     record = provenance(profile, run=asdict(run), key=key, means=summarize(metrics), data=data, **facts)
     return write_json(folder / "result.json", record)
 
-# %% ../nbs/26_experiment.ipynb #c043
+# %% ../nbs/26_experiment.ipynb #c078
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a checkpoint, weights and description, as it is."""
     for old, new in zip(checkpoint.paths(source), checkpoint.paths(target)):
         if old.is_file():
             atomic_write(new, lambda part: shutil.copyfile(old, part))
 
-
+# %% ../nbs/26_experiment.ipynb #c080
 def clear_state(folder: Path) -> None:
     """Remove the training state of a completed run."""
     shutil.rmtree(folder / "state", ignore_errors=True)
 
-
+# %% ../nbs/26_experiment.ipynb #c082
 def peak_memory_mb() -> int:
     """The most memory that this process has held so far, in MB: the GPU's where there is one in use, otherwise the main memory's."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 1e6)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)     # Linux counts kilobytes
 
-# %% ../nbs/26_experiment.ipynb #c045
+# %% ../nbs/26_experiment.ipynb #c086
 def is_complete(run: Run, out: str | Path, key: str) -> bool:
     """True if the run's result is there and was made with this key."""
     try:
@@ -265,7 +267,7 @@ def is_complete(run: Run, out: str | Path, key: str) -> bool:
     except (FileNotFoundError, ValueError, KeyError):
         return False
 
-# %% ../nbs/26_experiment.ipynb #c048
+# %% ../nbs/26_experiment.ipynb #c090
 def latency_networks(network: str, profile: Profile) -> dict[float, nn.Module]:
     """By ratio, 0 for the unpruned one: the networks whose time is measured."""
     timing = profile.latency
@@ -277,7 +279,7 @@ def latency_networks(network: str, profile: Profile) -> dict[float, nn.Module]:
         unpruned = build(network, **arguments).eval()
     return {0.0: unpruned} | {ratio: prune(unpruned, ratio) for ratio in profile.ratios}
 
-
+# %% ../nbs/26_experiment.ipynb #c092
 def latency_key(network: str, profile: Profile) -> str:
     """The key of a measurement of time."""
     size = as_plain(profile.networks[network])["arguments"] if profile.latency.size == "profile" else {}

@@ -72,7 +72,7 @@ def measured_columns(columns: int, numbers: dict[str, int]) -> slice:
     left = max(0, numbers["encoded"] // 2 - numbers["centre"])
     return slice(left, min(columns, left + numbers["last"] + 1))
 
-# %% ../nbs/05_data.ipynb #c016
+# %% ../nbs/05_data.ipynb #c018
 def read_volume_header(path: str | Path) -> Volume:
     "Read what describes a file, none of its k-space. Raises `ValueError` in one sentence if it is not as expected."
     with open_volume(path) as file:
@@ -89,7 +89,7 @@ def read_volume_header(path: str | Path) -> Volume:
         return Volume(Path(path), str(file.attrs.get("patient_id", Path(path).stem)), str(file.attrs.get("acquisition", "")), *shape,
                       height, measured_columns(shape[3], numbers), "mask" in file)
 
-# %% ../nbs/05_data.ipynb #c019
+# %% ../nbs/05_data.ipynb #c021
 def find_files(folder: str | Path, acquisition: str | None = "AXT2") -> list[Path]:
     "The HDF5 files of a folder, sorted, of one contrast. Raises `FileNotFoundError` if there is none."
     paths = sorted(path for path in Path(folder).glob("*.h5") if path.is_file())
@@ -100,7 +100,7 @@ def find_files(folder: str | Path, acquisition: str | None = "AXT2") -> list[Pat
         raise FileNotFoundError(f"none of the {len(paths)} HDF5 files in {folder} has acquisition {acquisition!r}.")
     return kept
 
-# %% ../nbs/05_data.ipynb #c022
+# %% ../nbs/05_data.ipynb #c024
 def read_slice(volume: Volume, number: int) -> Tensor:
     "k-space of one slice, complex64 `(coils, rows, W)`. Raises `ValueError` where it is not finite."
     with open_volume(volume.path) as file:
@@ -109,7 +109,7 @@ def read_slice(volume: Volume, number: int) -> Tensor:
         raise ValueError(f"k-space of slice {number} in {volume.path} holds NaN or infinite values.")
     return kspace
 
-# %% ../nbs/05_data.ipynb #c024
+# %% ../nbs/05_data.ipynb #c026
 def filled_slices(volume: Volume) -> list[int]:
     "The slices that hold a signal. One that is zero everywhere is left out, with a warning."
     with open_volume(volume.path) as file:
@@ -119,7 +119,7 @@ def filled_slices(volume: Volume) -> list[int]:
         warnings.warn(f"{volume.path}: slice {', '.join(map(str, empty))} is zero everywhere and is left out.", stacklevel=3)
     return [number for number in range(volume.slices) if number not in empty]
 
-# %% ../nbs/05_data.ipynb #c027
+# %% ../nbs/05_data.ipynb #c029
 def file_mask(volume: Volume) -> Tensor:
     "The mask that a file carries, bool `(W,)` or `(H, W)`. Raises `ValueError` if it does not fit the k-space."
     with open_volume(volume.path) as file:
@@ -132,7 +132,7 @@ def file_mask(volume: Volume) -> Tensor:
         raise ValueError(f"{volume.path} has a mask over rows and an oversampled readout: remove the oversampling first.")
     return mask
 
-# %% ../nbs/05_data.ipynb #c028
+# %% ../nbs/05_data.ipynb #c031
 def subject_mask(volume: Volume, seed: int, **sampling) -> Tensor:
     "Equispaced columns and the ACS block, bool `(W,)`, with a first line drawn from the seed and the subject."
     mask = equispaced_mask(volume.columns, generator=seeded("mask", seed, volume.subject), **sampling)
@@ -140,7 +140,7 @@ def subject_mask(volume: Volume, seed: int, **sampling) -> Tensor:
     inside[volume.measured] = True
     return mask & inside
 
-# %% ../nbs/05_data.ipynb #c033
+# %% ../nbs/05_data.ipynb #c036
 def low_resolution(kspace: Tensor, acs: slice) -> Tensor:
     "The root-sum-of-squares image `(H, W)` of the ACS block of `(coils, H, W)`: as many central rows as ACS columns."
     lines = min(acs.stop - acs.start, kspace.shape[-2])
@@ -149,18 +149,18 @@ def low_resolution(kspace: Tensor, acs: slice) -> Tensor:
     block[:, first:first + lines, acs] = kspace[:, first:first + lines, acs]
     return ifft2c(block).abs().square().sum(dim=0).sqrt()
 
-# %% ../nbs/05_data.ipynb #c034
+# %% ../nbs/05_data.ipynb #c037
 def measurement_scale(kspace: Tensor, acs: slice) -> float:
     "The number that k-space is divided by: the maximum of the low-resolution image."
     return low_resolution(kspace, acs).max().item()
 
-# %% ../nbs/05_data.ipynb #c039
+# %% ../nbs/05_data.ipynb #c042
 def maps_key(block: Tensor, acs: slice, width: int, settings: dict[str, Any]) -> str:
     "A name for maps: the ACS block they are made from, where it lies, ESPIRiT's settings and ESPIRiT's code."
     code = Path(spade.espirit.__file__).read_bytes()
     return content_key(block.contiguous(), [acs.start, acs.stop, width], settings, code)
 
-# %% ../nbs/05_data.ipynb #c041
+# %% ../nbs/05_data.ipynb #c044
 def load_maps(path: Path, shape: Sequence[int]) -> Tensor | None:
     "Maps of the given `(coils, H, W)` from the cache; None if they are absent, damaged or of another shape."
     try:
@@ -186,19 +186,19 @@ def cached_maps(
             atomic_write(path, lambda part: np.save(part, maps.numpy()))
     return maps
 
-# %% ../nbs/05_data.ipynb #c044
+# %% ../nbs/05_data.ipynb #c047
 def coil_combine(kspace: Tensor, maps: Tensor) -> Tensor:
     "$S^HF^{-1}k$: the image `(1, H, W)` of full k-space `(coils, H, W)`."
     return (maps.conj() * ifft2c(kspace)).sum(dim=0, keepdim=True)
 
-# %% ../nbs/05_data.ipynb #c047
+# %% ../nbs/05_data.ipynb #c050
 def cropped(volume: Volume, rows: int | None) -> Volume:
     "The volume with an image of `rows` rows; None leaves it as its header says."
     if rows is not None and not 1 <= rows <= volume.rows:
         raise ValueError(f"crop must lie between 1 and the {volume.rows} rows of {volume.path}, found {rows}.")
     return volume if rows is None else volume._replace(height=rows)
 
-# %% ../nbs/05_data.ipynb #c048
+# %% ../nbs/05_data.ipynb #c051
 class MultiCoilSlices(Dataset):
     "The slices of fastMRI multi-coil files as measurements, undersampled retrospectively unless the file already is."
 
@@ -214,6 +214,8 @@ class MultiCoilSlices(Dataset):
         crop: int | None = None,        # rows of the image, H; None: as the file's header says
         espirit_settings: dict[str, Any] | None = None, # further arguments of `espirit`
     ):
+        if isinstance(files, (str, Path)):
+            raise TypeError(f"files must be a list of HDF5 files, found {str(files)!r}; of a folder, pass find_files(folder).")
         self.files, self.acquisition, self.seed = [Path(path) for path in files], acquisition, seed
         self.sampling = dict(acceleration=acceleration, acs_fraction=acs_fraction, exact=exact)
         self.ground_truth, self.maps_folder, self.espirit_settings = ground_truth, maps_folder, dict(espirit_settings or {})
@@ -245,6 +247,8 @@ class MultiCoilSlices(Dataset):
         except ValueError as error:
             raise ValueError(f"slice {number} of {volume.path}: {error}") from None
         scale = measurement_scale(y, acs)
+        if not scale > 0:
+            raise ValueError(f"slice {number} of {volume.path} is zero in all ACS lines ({acs.start} to {acs.stop - 1}), so it has neither scale nor coil maps.")
         return dict(y=y / scale, mask=mask.reshape(1, -1, volume.columns), maps=maps,
                     file=volume.path.name, subject=volume.subject, slice=number, scale=scale)
 
@@ -268,7 +272,7 @@ class MultiCoilSlices(Dataset):
             self.measurement(i, read_slice(*self.index[i]))
         return self
 
-# %% ../nbs/05_data.ipynb #c056
+# %% ../nbs/05_data.ipynb #c064
 def split_subjects(files: Sequence[str | Path], counts: Sequence[int] = (145, 10, 10), seed: int = 0) -> dict[str, list[Path]]:
     "Files for training, validation and testing, so that no subject is in two of them."
     subjects = defaultdict(list)
@@ -281,7 +285,7 @@ def split_subjects(files: Sequence[str | Path], counts: Sequence[int] = (145, 10
     return {part: sorted(path for _ in range(count) for path in subjects[names[next(order)]])
             for part, count in zip(("train", "val", "test"), counts, strict=True)}
 
-# %% ../nbs/05_data.ipynb #c060
+# %% ../nbs/05_data.ipynb #c069
 class Batch(NamedTuple):
     "What a network is trained on: `model(batch.y, batch.A)` shall be `batch.x`."
     y: Tensor             # complex64 `(B, coils, H, W)`, zero where nothing was measured
@@ -289,14 +293,14 @@ class Batch(NamedTuple):
     x: Tensor | None      # complex64 `(B, 1, H, W)`, or None without ground truth
     info: dict[str, list] # file, subject, slice, scale of each
 
-# %% ../nbs/05_data.ipynb #c061
+# %% ../nbs/05_data.ipynb #c071
 def collate(items: Sequence[dict[str, Any]]) -> Batch:
     "Stack items of equal shape into a `Batch`."
     stack = lambda name: torch.stack([item[name] for item in items])
     info = {name: [item[name] for item in items] for name in ("file", "subject", "slice", "scale")}
     return Batch(stack("y"), MultiCoilMRI(stack("mask"), stack("maps")), stack("x") if "x" in items[0] else None, info)
 
-# %% ../nbs/05_data.ipynb #c064
+# %% ../nbs/05_data.ipynb #c074
 class BucketSampler(Sampler[list[int]]):
     "Batches of slices of equal coil count and matrix size, in an order drawn from seed and epoch."
 
@@ -321,7 +325,7 @@ class BucketSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return sum(-(-self.shapes.count(shape) // self.batch_size) for shape in set(self.shapes))
 
-# %% ../nbs/05_data.ipynb #c067
+# %% ../nbs/05_data.ipynb #c079
 def loader(dataset: MultiCoilSlices, batch_size: int = 1, shuffle: bool = False, seed: int = 0, num_workers: int = 0) -> DataLoader:
     "Batches of a dataset; `loader.batch_sampler.set_epoch(epoch)` changes the order."
     shapes = [(*dataset.shape(i), dataset.index[i][0].has_mask) for i in range(len(dataset))] # with and without reference: apart

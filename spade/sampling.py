@@ -90,9 +90,9 @@ def equispaced_mask(
 ) -> Tensor:                      # bool `(W,)`
     "Every R-th column and the central ACS block. Raises `ValueError` for numbers that make no mask."
     check_sampling(width, acceleration, offset or 0)
-    acs = acs_block(width, num_acs_lines(width, acs_fraction))
+    acceleration, acs = int(acceleration), acs_block(width, num_acs_lines(width, acs_fraction))
     if offset is None:
-        offset = 0 if generator is None else int(torch.randint(int(acceleration), (), generator=generator))
+        offset = 0 if generator is None else int(torch.randint(acceleration, (), generator=generator))
     mask = torch.zeros(width, dtype=torch.bool)
     mask[acs] = True
     mask[exact_lines(width, acceleration, acs, offset) if exact else nominal_lines(width, acceleration, offset)] = True

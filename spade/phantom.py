@@ -45,7 +45,7 @@ def load_tissue() -> Tissue:
         white, grey, outside = (torch.from_numpy(file[name][()].astype(np.float32)) for name in ("white", "grey", "outside"))
     return Tissue(white / 255, grey / 255, outside)
 
-# %% ../nbs/04_phantom.ipynb #c013
+# %% ../nbs/04_phantom.ipynb #c014
 def seeded(*parts: int | str) -> torch.Generator:
     "A random generator that belongs to `parts`, e.g. a purpose, a seed and a subject's number."
     return torch.Generator().manual_seed(int(content_key(*parts), 16) % 2**63)
@@ -55,7 +55,7 @@ def uniform(low: float, high: float, generator: torch.Generator, size: Sequence[
     "Random numbers between `low` and `high`."
     return low + (high - low) * torch.rand(tuple(size), generator=generator)
 
-# %% ../nbs/04_phantom.ipynb #c016
+# %% ../nbs/04_phantom.ipynb #c017
 def smooth_field(
     shape: Sequence[int],       # size of the grid, any number of axes
     length: Sequence[float],    # standard deviation of the Gaussian filter along each axis, in grid points
@@ -71,7 +71,7 @@ def smooth_field(
     field = torch.fft.ifftn(spectrum, dim=axes).real
     return (field - field.mean()) / field.std()
 
-# %% ../nbs/04_phantom.ipynb #c020
+# %% ../nbs/04_phantom.ipynb #c022
 def pixel_size(
     shape: Sequence[int],   # (rows, columns) of the image
     field_of_view: float = 230.0, # mm, of the shorter side: the head always fits
@@ -86,14 +86,14 @@ def pixel_grid(shape: Sequence[int], z: float, step: float) -> Tensor:
     y, x = torch.meshgrid(-rows * step, columns * step, indexing="ij")
     return torch.stack([torch.full_like(x, z), y, x], dim=-1)
 
-# %% ../nbs/04_phantom.ipynb #c023
+# %% ../nbs/04_phantom.ipynb #c025
 def look_up(volume: Tensor, position: Tensor, spacing: Sequence[float]) -> Tensor:
     "Trilinear samples `(channels, H, W)` of `(channels, Z, Y, X)` at positions `(H, W, 3)`, mm from its centre."
     half = torch.tensor([(size - 1) * step / 2 for size, step in zip(volume.shape[1:], spacing, strict=True)])
     grid = (position / half).flip(-1)[None, None] # grid_sample wants (x, y, z) in [-1, 1]
     return F.grid_sample(volume[None], grid, padding_mode="border", align_corners=True)[0, :, 0]
 
-# %% ../nbs/04_phantom.ipynb #c026
+# %% ../nbs/04_phantom.ipynb #c028
 LATTICE = (30, 60, 52) # grid of 5 mm on which a subject's smooth fields are drawn: 150 x 300 x 260 mm
 LATTICE_STEP = 5.0     # mm
 
@@ -108,7 +108,7 @@ class Subject(NamedTuple):
     scalp: float          # thickness of the scalp, mm
     lesions: Tensor       # `(n, 4)`: position in template mm, radius in mm
 
-# %% ../nbs/04_phantom.ipynb #c028
+# %% ../nbs/04_phantom.ipynb #c030
 # Tissue: (proton density relative to water, T1 in ms, T2 in ms)
 RELAXATION = {"white": (0.70, 1084, 69), "grey": (0.82, 1820, 99), "fluid": (1.00, 4200, 1500),
               "marrow": (0.50, 600, 60), "scalp": (0.85, 400, 85), "lesion": (0.85, 1800, 190)}
@@ -121,7 +121,7 @@ def draw_signal(generator: torch.Generator) -> dict[str, float]:
     return {tissue: density * (1 - math.exp(-repetition / t1)) * math.exp(-echo / (t2 * factor))
             for (tissue, (density, t1, t2)), factor in zip(RELAXATION.items(), spread.tolist(), strict=True)}
 
-# %% ../nbs/04_phantom.ipynb #c033
+# %% ../nbs/04_phantom.ipynb #c035
 def draw_affine(generator: torch.Generator) -> Tensor:
     "Size ±9 %, rotation ±10° in the slice and ±8° out of it, mirrored half of the time: a `(3, 3)` matrix."
     scale = torch.diag(1 / uniform(0.91, 1.09, generator, (3,)))
@@ -131,7 +131,7 @@ def draw_affine(generator: torch.Generator) -> Tensor:
     skew[1, 2], skew[0, 2], skew[0, 1] = angles
     return scale @ torch.linalg.matrix_exp(skew - skew.T)
 
-# %% ../nbs/04_phantom.ipynb #c036
+# %% ../nbs/04_phantom.ipynb #c038
 def draw_lesions(generator: torch.Generator) -> Tensor:
     "Small lesions in half of the subjects, a large one in every sixth: `(n, 4)`, position and radius in mm."
     small = int(torch.randint(1, 9, (), generator=generator)) if torch.rand((), generator=generator) < 0.5 else 0
@@ -140,7 +140,7 @@ def draw_lesions(generator: torch.Generator) -> Tensor:
     position = uniform(-1, 1, generator, (small + large, 3)) * torch.tensor([35.0, 60.0, 45.0])
     return torch.cat([position, radius], dim=1)
 
-# %% ../nbs/04_phantom.ipynb #c038
+# %% ../nbs/04_phantom.ipynb #c040
 def draw_subject(seed: int, number: int) -> Subject:
     "Everything about subject `number` that does not depend on the scanner. The same arguments give the same subject."
     generator = seeded("subject", seed, number)
@@ -156,7 +156,7 @@ def draw_subject(seed: int, number: int) -> Subject:
         lesions=draw_lesions(generator),
     )
 
-# %% ../nbs/04_phantom.ipynb #c041
+# %% ../nbs/04_phantom.ipynb #c044
 def brain_tissues(tissue: Tissue, subject: Subject, template: Tensor, scanner: Tensor, sharpness: float = 3.0) -> Tensor:
     "Fractions of white matter, grey matter and fluid `(3, H, W)`, as sharp as one person's."
     white, grey = look_up(torch.stack([tissue.white, tissue.grey]), template, tissue.spacing)
@@ -164,12 +164,12 @@ def brain_tissues(tissue: Tissue, subject: Subject, template: Tensor, scanner: T
     noise = look_up(subject.individuality[:3], scanner, [LATTICE_STEP] * 3)
     return (sharpness * (average + 1e-3).log() + 1.2 * noise).softmax(dim=0)
 
-# %% ../nbs/04_phantom.ipynb #c044
+# %% ../nbs/04_phantom.ipynb #c048
 def step_up(distance: Tensor, edge: Tensor | float, width: float = 0.25) -> Tensor:
     "0 below `edge`, 1 above it, over about `width` mm."
     return torch.sigmoid((distance - edge) / width)
 
-# %% ../nbs/04_phantom.ipynb #c045
+# %% ../nbs/04_phantom.ipynb #c049
 BRAIN_EDGE = 1.0 # mm outside the hull, so that the soft edge leaves the inside alone
 
 
@@ -185,7 +185,7 @@ def lesion_fraction(lesions: Tensor, template: Tensor) -> Tensor:
     gap = (template[..., None, :] - lesions[:, :3]).norm(dim=-1) - lesions[:, 3]
     return torch.exp(-F.relu(gap + 1)).sum(dim=-1).clamp(max=1)
 
-# %% ../nbs/04_phantom.ipynb #c047
+# %% ../nbs/04_phantom.ipynb #c051
 def head_tissues(tissue: Tissue, subject: Subject, z: float, shape: Sequence[int], step: float) -> dict[str, Tensor]:
     "Fraction `(H, W)` of each tissue in the axial slice at height `z` mm, with pixels of `step` mm."
     scanner = pixel_grid(shape, z, step)
@@ -199,7 +199,7 @@ def head_tissues(tissue: Tissue, subject: Subject, z: float, shape: Sequence[int
     lesion = lesion_fraction(subject.lesions, template) * (white + grey)
     return {name: value * (1 - lesion) for name, value in fractions.items()} | {"lesion": lesion}
 
-# %% ../nbs/04_phantom.ipynb #c051
+# %% ../nbs/04_phantom.ipynb #c056
 def texture(shape: Sequence[int], step: float, generator: torch.Generator) -> Tensor:
     "Relative variation of the signal `(H, W)`: four octaves of band-limited noise from 1 to 8 mm, 4 % in all."
     bands = [smooth_field(shape, [length / step] * 2, generator) - smooth_field(shape, [2 * length / step] * 2, generator)
@@ -217,7 +217,7 @@ def vessels(shape: Sequence[int], step: float, generator: torch.Generator) -> Te
     kernel = torch.exp(-0.5 * ((torch.arange(-4, 5) * step / 0.7) ** 2))
     return F.conv2d(F.conv2d(spots, kernel.reshape(1, 1, 1, -1), padding="same"), kernel.reshape(1, 1, -1, 1), padding="same")[0]
 
-# %% ../nbs/04_phantom.ipynb #c053
+# %% ../nbs/04_phantom.ipynb #c058
 def magnitude_image(fractions: dict[str, Tensor], signal: dict[str, float], step: float, generator: torch.Generator) -> Tensor:
     "The T2-weighted signal `(H, W)`, not negative, with texture and vessels."
     shape = fractions["white"].shape
@@ -225,7 +225,7 @@ def magnitude_image(fractions: dict[str, Tensor], signal: dict[str, float], step
     solid = 1 - 0.6 * fractions["fluid"] # fluid is nearly uniform
     return plain * ((1 + texture(shape, step, generator)) * (1 + vessels(shape, step, generator) * solid)).clamp(min=0)
 
-# %% ../nbs/04_phantom.ipynb #c056
+# %% ../nbs/04_phantom.ipynb #c062
 def smooth_phase(shape: Sequence[int], generator: torch.Generator, strength: float = 0.6) -> Tensor:
     "A phase `(H, W)` in radians: a constant, a slope (the echo off centre) and a smooth field."
     rows, columns = (torch.linspace(-0.5, 0.5, size) for size in shape)
@@ -234,7 +234,7 @@ def smooth_phase(shape: Sequence[int], generator: torch.Generator, strength: flo
     field = F.interpolate(small, size=tuple(shape), mode="bicubic", align_corners=True)[0, 0]
     return constant + down * rows[:, None] + across * columns + strength * field
 
-# %% ../nbs/04_phantom.ipynb #c059
+# %% ../nbs/04_phantom.ipynb #c065
 def coil_loops(num_coils: int, turn: float = 0.0, points: int = 48) -> Tensor:
     "Wire positions `(coils, points, 3)`, (z, y, x) in mm, of loops on an elliptic cylinder round the head; two rings above 8 coils."
     rings = 1 if num_coils <= 8 else 2
@@ -247,7 +247,7 @@ def coil_loops(num_coils: int, turn: float = 0.0, points: int = 48) -> Tensor:
     along = 2 * math.pi * torch.arange(points)[None, :, None] / points
     return centre[:, None] + radius * (along.cos() * tangent[:, None] + along.sin() * torch.tensor([1.0, 0, 0]))
 
-# %% ../nbs/04_phantom.ipynb #c061
+# %% ../nbs/04_phantom.ipynb #c067
 def biot_savart(
     wire: Tensor,           # `(coils, points, 3)`, closed, mm
     position: Tensor,       # `(..., 3)`, mm
@@ -263,7 +263,7 @@ def biot_savart(
         field.append((cross / (distance.square().sum(dim=-1, keepdim=True) + thickness**2) ** 1.5).sum(dim=-2))
     return torch.stack(field)
 
-# %% ../nbs/04_phantom.ipynb #c065
+# %% ../nbs/04_phantom.ipynb #c071
 def coil_maps(
     num_coils: int,
     shape: Sequence[int],       # (rows, columns)
@@ -284,7 +284,7 @@ def coil_maps(
     middle = pixel_grid(shape, z, step)[..., 1:].norm(dim=-1) < 0.35 * field_of_view
     return maps / maps.abs().square().sum(dim=0)[middle].mean().sqrt()
 
-# %% ../nbs/04_phantom.ipynb #c069
+# %% ../nbs/04_phantom.ipynb #c076
 class Scan(NamedTuple):
     "What the simulated scanner is set to."
     shape: tuple[int, int] = (128, 128) # (H, W) of the image; k-space is (oversampling·H, W)
@@ -300,7 +300,7 @@ def check_scan(scan: Scan) -> None:
     if scan.num_coils < 1 or scan.oversampling not in (1, 2) or not scan.snr > 0:
         raise ValueError(f"expected num_coils of at least 1, snr above 0 and oversampling 1 or 2, found {scan}.")
 
-# %% ../nbs/04_phantom.ipynb #c071
+# %% ../nbs/04_phantom.ipynb #c078
 def centred_fft(signal: Tensor, axis: int, size: int, padded: int | None = None) -> Tensor:
     "The `size` central samples of the centred transform along `axis`, of the signal padded to `padded` points."
     length = signal.shape[axis]
@@ -313,12 +313,12 @@ def centred_fft(signal: Tensor, axis: int, size: int, padded: int | None = None)
     start = length // 2 - size // 2
     return spectrum[..., start:start + size].movedim(-1, axis)
 
-# %% ../nbs/04_phantom.ipynb #c075
+# %% ../nbs/04_phantom.ipynb #c082
 def object_level(magnitude: Tensor) -> float:
     "The mean magnitude of the object: of all pixels above a tenth of the maximum."
     return magnitude[magnitude > 0.1 * magnitude.max()].mean().item()
 
-# %% ../nbs/04_phantom.ipynb #c076
+# %% ../nbs/04_phantom.ipynb #c083
 def acquire(
     image: Tensor,  # complex64 `(s·H, s·W)`, s = 1, 2, ... times as fine as what is measured
     maps: Tensor,   # complex64 `(coils, s·H, s·W)`
@@ -334,7 +334,7 @@ def acquire(
     noise = object_level((maps * image).abs().square().sum(dim=0).sqrt()) / scan.snr
     return kspace + noise * torch.randn(kspace.shape, generator=generator, dtype=torch.complex64)
 
-# %% ../nbs/04_phantom.ipynb #c078
+# %% ../nbs/04_phantom.ipynb #c085
 def crop_readout(kspace: Tensor, rows: int) -> Tensor:
     "k-space `(..., rows, W)` of the central `rows` of the image: readout oversampling removed."
     image = torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(kspace, dim=-2), dim=-2, norm="ortho"), dim=-2)
@@ -347,7 +347,7 @@ def root_sum_of_squares(kspace: Tensor) -> Tensor:
     "The coil images of k-space `(..., coils, H, W)` combined without maps: `(..., H, W)`."
     return ifft2c(kspace).abs().square().sum(dim=-3).sqrt()
 
-# %% ../nbs/04_phantom.ipynb #c083
+# %% ../nbs/04_phantom.ipynb #c090
 HEADER = """<?xml version="1.0" encoding="utf-8"?>
 <ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD" xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance">
   <acquisitionSystemInformation><receiverChannels>{coils}</receiverChannels></acquisitionSystemInformation>
@@ -376,7 +376,7 @@ def ismrmrd_header(shape: Sequence[int], num_coils: int, oversampling: int = 2, 
     return HEADER.format(coils=num_coils, encoded=oversampling * height, width=width, height=height, last=width - 1, centre=width // 2,
                          encoded_mm=oversampling * height * step, width_mm=width * step, height_mm=height * step)
 
-# %% ../nbs/04_phantom.ipynb #c085
+# %% ../nbs/04_phantom.ipynb #c092
 def is_complete(path: Path, key: str) -> bool:
     "Whether `path` is a readable file that was made with the same settings."
     try:
@@ -385,7 +385,7 @@ def is_complete(path: Path, key: str) -> bool:
     except OSError: # absent, or not HDF5: a file cut short is made again
         return False
 
-# %% ../nbs/04_phantom.ipynb #c087
+# %% ../nbs/04_phantom.ipynb #c094
 def write_acquisition(
     path: Path,
     slices: Callable[[], Iterable[Tensor]], # makes the k-space of each slice, complex64 `(coils, oversampling·H, W)`
@@ -403,7 +403,7 @@ def write_acquisition(
             file.attrs.update(acquisition="AXT2", patient_id=patient_id, max=rss.max(), norm=np.linalg.norm(rss), spade_key=key, spade_simulated=True)
     return path if is_complete(path, key) else atomic_write(path, write)
 
-# %% ../nbs/04_phantom.ipynb #c089
+# %% ../nbs/04_phantom.ipynb #c096
 VERSION = 3 # of the simulation: raise it when the same settings give other numbers
 
 
@@ -420,7 +420,7 @@ def simulate_slices(tissue: Tissue, seed: int, number: int, slices: int, scan: S
         image = torch.polar(image, smooth_phase(fine, generator))
         yield acquire(image, coil_maps(scan.num_coils, fine, z, turn=turn), scan, generator)
 
-# %% ../nbs/04_phantom.ipynb #c092
+# %% ../nbs/04_phantom.ipynb #c100
 def find_dataset(file: h5py.File, name: str | None) -> h5py.Dataset:
     "The dataset of images: the one named, or the only one that can hold images."
     if name is not None:
@@ -433,7 +433,7 @@ def find_dataset(file: h5py.File, name: str | None) -> h5py.Dataset:
                          f"of {', '.join(sorted(file)) or 'none'}.")
     return found[0]
 
-# %% ../nbs/04_phantom.ipynb #c094
+# %% ../nbs/04_phantom.ipynb #c102
 def image_labels(file: h5py.File, count: int, subjects: str | None) -> dict[str, list[int]]:
     "Which images show which subject, in the order of the file."
     if subjects in ("all", "each"):
@@ -448,7 +448,7 @@ def image_labels(file: h5py.File, count: int, subjects: str | None) -> dict[str,
         raise ValueError(f"{file.filename} holds {count} images but {len(labels)} labels in {name!r}; expected one label per image.")
     return {label: [i for i, other in enumerate(labels) if other == label] for label in dict.fromkeys(labels)}
 
-# %% ../nbs/04_phantom.ipynb #c095
+# %% ../nbs/04_phantom.ipynb #c103
 class Images(NamedTuple):
     "A file of images in place of the tissue maps."
     path: Path
@@ -477,7 +477,7 @@ def open_images(
             raise ValueError(f"{found.name[1:]!r} in {path} is {found.dtype} with shape {found.shape}; expected numbers (N, H, W), or real (N, 2, H, W).")
         return Images(Path(path), found.name, image_labels(file, len(found), subjects))
 
-# %% ../nbs/04_phantom.ipynb #c097
+# %% ../nbs/04_phantom.ipynb #c105
 def read_images(images: Images, indices: Sequence[int]) -> Tensor:
     "Some images of the file, complex64 `(n, H, W)`, maximum 1. Raises `ValueError` naming an image that is empty or not finite."
     with h5py.File(images.path, "r") as file:
@@ -490,7 +490,7 @@ def read_images(images: Images, indices: Sequence[int]) -> Tensor:
             raise ValueError(f"image {index} in {images.path} is {'zero everywhere' if maximum == 0 else 'not finite (NaN or infinity)'}.")
     return values / peak.max()
 
-# %% ../nbs/04_phantom.ipynb #c099
+# %% ../nbs/04_phantom.ipynb #c107
 def centre_fit(array: Tensor, shape: Sequence[int]) -> Tensor:
     "The last two axes cut, or padded with zeros, to `shape` around the centre, index size // 2."
     for axis, size in zip((-2, -1), shape, strict=True):
@@ -507,7 +507,7 @@ def resize(image: Tensor, shape: Sequence[int]) -> Tensor:
     spectrum = centre_fit(fft2c(centre_fit(image, padded)), shape)
     return ifft2c(spectrum) * math.sqrt(height * width / (padded[0] * padded[1]))
 
-# %% ../nbs/04_phantom.ipynb #c102
+# %% ../nbs/04_phantom.ipynb #c110
 def simulate_image_slices(values: Tensor, label: str, seed: int, scan: Scan, add_phase: bool) -> Iterator[Tensor]:
     "k-space, complex64 `(coils, oversampling·H, W)`, of one subject's images, complex `(n, h, w)`."
     generator = seeded("images", seed, label)
@@ -518,7 +518,7 @@ def simulate_image_slices(values: Tensor, label: str, seed: int, scan: Scan, add
             image = image * torch.polar(torch.ones(scan.shape), smooth_phase(scan.shape, generator))
         yield acquire(image, coil_maps(scan.num_coils, scan.shape, z, turn=turn), scan, generator)
 
-# %% ../nbs/04_phantom.ipynb #c103
+# %% ../nbs/04_phantom.ipynb #c111
 def spread(indices: Sequence[int], count: int | None) -> list[int]:
     "`count` of the indices, evenly spread; all, if there are no more."
     if count is None or count >= len(indices):
@@ -555,7 +555,7 @@ def simulate_from_images(
         paths.append(path)
     return paths
 
-# %% ../nbs/04_phantom.ipynb #c105
+# %% ../nbs/04_phantom.ipynb #c113
 def simulate(
     folder: str | Path,                       # where the files go
     num_subjects: int | None,                 # with `images`, None stands for all
@@ -572,6 +572,8 @@ def simulate(
     "One file per subject, in fastMRI's format. Raises `ValueError` for settings that make no scan."
     if images is not None:
         return simulate_from_images(folder, images, num_subjects, slices_per_subject, shape, num_coils, snr, seed, progress, oversampling)
+    if min(num_subjects or 0, slices_per_subject or 0) < 1:
+        raise ValueError(f"expected at least one subject and one slice of each, found num_subjects={num_subjects} and slices_per_subject={slices_per_subject}.")
     scan, tissue, paths = Scan(tuple(shape), num_coils, snr, oversampling), load_tissue(), []
     check_scan(scan)
     for number in tqdm(range(num_subjects), desc="simulating subjects", disable=not progress):

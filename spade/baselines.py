@@ -25,7 +25,7 @@ def zero_filled(
     "$A^Hy$: the image if what was not measured were zero."
     return A.adjoint(y)
 
-# %% ../nbs/07_baselines.ipynb #c011
+# %% ../nbs/07_baselines.ipynb #c012
 def inner(a: Tensor, b: Tensor) -> Tensor:
     "Real inner product of each image of a batch, `(B, 1, 1, 1)`."
     return (a.conj() * b).real.sum(dim=(1, 2, 3), keepdim=True)
@@ -35,7 +35,7 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
     "a / b, and 0 where b is 0: that image is solved already."
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
 
-# %% ../nbs/07_baselines.ipynb #c012
+# %% ../nbs/07_baselines.ipynb #c013
 def cg_iterates(y: Tensor, A: nn.Module, regularization: float) -> Iterator[Tensor]:
     "The iterates of conjugate gradients on $(A^HA + λI)x = A^Hy$, from zero, without end."
     r = A.adjoint(y)
@@ -48,7 +48,7 @@ def cg_iterates(y: Tensor, A: nn.Module, regularization: float) -> Iterator[Tens
         p = r + ratio(size, previous) * p
         yield x
 
-# %% ../nbs/07_baselines.ipynb #c013
+# %% ../nbs/07_baselines.ipynb #c015
 def cg_sense(
     y: Tensor,                    # complex `(B, coils, H, W)`
     A: nn.Module,                 # the operator of this measurement
@@ -63,7 +63,7 @@ def cg_sense(
     iterates = cg_iterates(y, A, regularization)
     return [next(iterates) for _ in range(int(iterations))][-1]
 
-# %% ../nbs/07_baselines.ipynb #c020
+# %% ../nbs/07_baselines.ipynb #c023
 class Tuned(NamedTuple):
     "The best settings of `cg_sense`, and how good they are on the data they were tuned on."
     regularization: float
@@ -89,7 +89,7 @@ def sweep_cg_sense(
     table = pd.DataFrame(rows, columns=["regularization", "iterations", "psnr"])
     return table.groupby(["regularization", "iterations"], as_index=False).psnr.mean()
 
-# %% ../nbs/07_baselines.ipynb #c023
+# %% ../nbs/07_baselines.ipynb #c027
 def tune_cg_sense(batches: Iterable[Batch], **settings) -> Tuned:
     "The λ and number of iterations with the highest mean PSNR; `settings` as for `sweep_cg_sense`."
     table = sweep_cg_sense(batches, **settings)

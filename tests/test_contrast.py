@@ -134,6 +134,24 @@ def test_the_background_counts_in_every_loss():
         assert loss(painted, x) > loss(x, x) + 1e-4, name
 
 
+@pytest.mark.parametrize("strategy", ("school", "self-supervised"))
+def test_fine_tuning_on_test_measurements_is_blind_to_their_ground_truth(files, tmp_path, strategy):
+    "What was not measured is replaced by noise a million times as strong: the student's weights are the same bit by bit."
+    test_set = slices(files[:1])
+    mask = test_set.mask(test_set.volumes[0]).numpy()
+    path = Path(shutil.copy(files[0], tmp_path / files[0].name))
+    with h5py.File(path, "r+") as file:
+        noise = 1e6 * np.random.default_rng(0).normal(size=file["kspace"].shape)
+        replace(file, np.where(mask, file["kspace"][()], noise).astype(np.complex64))
+        del file["reconstruction_rss"]
+    students = []
+    for data in (test_set.measurements(), slices([path]).measurements()):
+        students.append(spade.prune(varnet(8), 0.25))
+        spade.finetune(students[-1], data, strategy, teacher=varnet(8) if strategy == "school" else None, steps=3, learning_rate=1e-3, progress=False)
+    start, one, other = spade.prune(varnet(8), 0.25).state_dict(), *(student.state_dict() for student in students)
+    assert all(torch.equal(one[name], other[name]) for name in one) and not all(torch.equal(one[name], start[name]) for name in one)
+
+
 # The reader
 
 def test_no_read_takes_more_than_a_slice(files, monkeypatch):

@@ -30,14 +30,14 @@ def read_runs(out: str | Path) -> list[dict]:
     """The result.json of every complete run below `out`, each with its `folder`."""
     return [{**read_json(path), "folder": path.parent} for path in sorted((resolve(out) / "runs").glob("*/result.json"))]
 
-
+# %% ../nbs/31_report.ipynb #c007
 def read_metrics(out: str | Path) -> pd.DataFrame:
     """The metrics of every complete run below `out`: one row per model, image and metric. Empty if there is none."""
     tables = [pd.read_csv(run["folder"] / "metrics.csv", keep_default_na=False) for run in read_runs(out)]
     columns = ["model", "acceleration", "criterion", "ratio", "strategy", "start", "seed", "image", "metric", "value"]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
-# %% ../nbs/31_report.ipynb #c010
+# %% ../nbs/31_report.ipynb #c015
 SCALE = {"psnr": 1.0, "ssim": 100.0}     # as printed in the paper: dB, percent
 
 
@@ -48,14 +48,14 @@ def mean_over_images(metrics: pd.DataFrame) -> pd.DataFrame:
     each_seed["value"] *= each_seed["metric"].map(SCALE).fillna(1.0)
     return each_seed.groupby(keys, as_index=False)["value"].agg(["mean", "std", "count"])
 
-
+# %% ../nbs/31_report.ipynb #c017
 def pick(means: pd.DataFrame, **where) -> float:
     """The one mean with these columns; NaN where the run is missing."""
     for column, value in where.items():
         means = means[means[column] == value]
     return float(means["mean"].iloc[0]) if len(means) else float("nan")
 
-# %% ../nbs/31_report.ipynb #c014
+# %% ../nbs/31_report.ipynb #c024
 def quality_columns(means: pd.DataFrame, network: str, acceleration: int, ratio: float, table: int) -> dict[str, float]:
     """PSNR and SSIM of one row by strategy, each followed by the paper's number."""
     row = {}
@@ -67,13 +67,13 @@ def quality_columns(means: pd.DataFrame, network: str, acceleration: int, ratio:
             row[f"{column} (paper)"] = paper_value(table=table, network=network, **found)
     return row
 
-# %% ../nbs/31_report.ipynb #c016
+# %% ../nbs/31_report.ipynb #c027
 def read_latency(out: str | Path, network: str) -> dict:
     """The stored measurement of time of a network; empty where there is none."""
     path = resolve(out) / "latency" / f"{network}.json"
     return read_json(path) if path.is_file() else {}
 
-
+# %% ../nbs/31_report.ipynb #c029
 def cost_columns(latency: dict, network: str, ratio: float, table: int) -> dict[str, float]:
     """Time, speed-up and parameters of one row, as timed, each followed by the paper's number."""
     timed = next((row for row in latency.get("rows", []) if row["ratio"] == ratio), {})
@@ -84,13 +84,14 @@ def cost_columns(latency: dict, network: str, ratio: float, table: int) -> dict[
         row[f"{column} (paper)"] = paper_value(table=table, network=network, ratio=ratio, metric=metric)
     return row
 
-# %% ../nbs/31_report.ipynb #c018
+# %% ../nbs/31_report.ipynb #c033
 def trained_parameters(runs: list[dict], network: str, acceleration: int, ratio: float) -> float:
     """Parameters of the trained network at this ratio; NaN where no run is there."""
-    found = [run["parameters"] for run in runs if run["folder"].name.startswith(f"{network}-R{acceleration}-{f'{ratio:.2f}' if ratio else 'teacher'}")]
+    found = [run["parameters"] for run in runs
+             if run["folder"].name.startswith(f"{network}-R{acceleration}-{f'{ratio:.2f}' if ratio else 'teacher'}")]
     return float(found[0]) if found else float("nan")
 
-
+# %% ../nbs/31_report.ipynb #c035
 def table_1(out: str | Path, networks: Iterable[str] = ("deq", "varnet", "e2e-varnet"), acceleration: int = 6) -> pd.DataFrame:
     """Table 1 (R = 6), 2 (R = 8) or 5 (R = 10) from the results below `out`; missing runs are NaN.
 
@@ -103,20 +104,22 @@ def table_1(out: str | Path, networks: Iterable[str] = ("deq", "varnet", "e2e-va
     for network in networks:
         latency = read_latency(out, network)
         for ratio, named in NAMED_RATIO.items():
-            rows.append({"Network": LABEL[network], "Pruning ratio": f"{named} %", **quality_columns(means, network, acceleration, ratio, tables[acceleration]),
-                         **cost_columns(latency, network, ratio, tables[acceleration]), "# Params trained": trained_parameters(runs, network, acceleration, ratio)})
+            rows.append({"Network": LABEL[network], "Pruning ratio": f"{named} %",
+                         **quality_columns(means, network, acceleration, ratio, tables[acceleration]),
+                         **cost_columns(latency, network, ratio, tables[acceleration]),
+                         "# Params trained": trained_parameters(runs, network, acceleration, ratio)})
     order = max(rows, key=len)
     return pd.DataFrame(rows)[list(order)]
 
-# %% ../nbs/31_report.ipynb #c022
+# %% ../nbs/31_report.ipynb #c041
 DIGITS = {"PSNR": 2, "SSIM": 1, "Time": 1, "Speed-up": 2, "# Params": 0}
 
-
+# %% ../nbs/31_report.ipynb #c043
 def show_number(value: float | None, digits: int, missing: str = "–") -> str:
     """A number as the paper prints it, or the sign for a missing one."""
     return missing if value is None or pd.isna(value) else f"{value:,.{digits}f}"
 
-
+# %% ../nbs/31_report.ipynb #c045
 def for_print(table: pd.DataFrame) -> pd.DataFrame:
     """The table as text: ours (paper's); cells that the paper's layout leaves empty stay empty."""
     printed = table[["Network", "Pruning ratio"]].copy()
@@ -129,20 +132,20 @@ def for_print(table: pd.DataFrame) -> pd.DataFrame:
         printed[column] = ours
     return printed
 
-# %% ../nbs/31_report.ipynb #c025
+# %% ../nbs/31_report.ipynb #c048
 def to_markdown(table: pd.DataFrame, caption: str) -> str:
     """A table of text as Markdown with its caption below."""
     lines = ["| " + " | ".join(table.columns) + " |", "|" + "|".join([" :-- "] * 2 + [" --: "] * (len(table.columns) - 2)) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in table.itertuples(index=False)]
     return "\n".join([*lines, "", caption, ""])
 
-
+# %% ../nbs/31_report.ipynb #c050
 def escape_latex(text: str) -> str:
     """Text with the signs that LaTeX reads as commands written out."""
     signs = {"\\": r"\textbackslash{}", "–": "--", "×": r"$\times$", **{sign: "\\" + sign for sign in "%#&_$"}}
     return text.translate(str.maketrans(signs))
 
-# %% ../nbs/31_report.ipynb #c026
+# %% ../nbs/31_report.ipynb #c052
 def to_latex(table: pd.DataFrame, caption: str) -> str:
     """A table of text as LaTeX; it needs the package booktabs."""
     rows, previous = [], None
@@ -153,10 +156,10 @@ def to_latex(table: pd.DataFrame, caption: str) -> str:
         previous = row[0]
     head = " & ".join(escape_latex(column) for column in table.columns) + r" \\"
     columns = "ll" + "r" * (len(table.columns) - 2)
-    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(caption)}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head,
-                      r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(caption)}}}",
+                      rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
-# %% ../nbs/31_report.ipynb #c030
+# %% ../nbs/31_report.ipynb #c058
 def setting(out: str | Path, networks: Iterable[str], acceleration: int) -> str:
     """One sentence on what the results of these networks were made on."""
     runs = [run for run in read_runs(out) if run["run"]["network"] in networks and run["run"]["acceleration"] == acceleration]
@@ -165,10 +168,11 @@ def setting(out: str | Path, networks: Iterable[str], acceleration: int) -> str:
     profile, rates = runs[0]["profile"], sorted({run["sampling_rate"] for run in runs})
     seeds, tested = len({run["run"].get("seed", 0) for run in runs}), len(runs[0].get("data", {}).get("split", {}).get("test", []))
     subjects = f", {tested} test subject{'s' * (tested > 1)}" if tested else ""
-    return (f"Profile {profile['name']}: {profile['description']}{subjects}; R = {acceleration}, effective sampling rate {rates[0]:.1%} with the ACS block; "
+    return (f"Profile {profile['name']}: {profile['description']}{subjects}; "
+            f"R = {acceleration}, effective sampling rate {rates[0]:.1%} with the ACS block; "
             f"{seeds} seed{'s' * (seeds > 1)}, {', '.join(sorted({run['device'] for run in runs}))}.")
 
-
+# %% ../nbs/31_report.ipynb #c060
 def timed_on(out: str | Path, networks: Iterable[str]) -> str:
     """One sentence on what was timed."""
     parts = {}
@@ -178,18 +182,22 @@ def timed_on(out: str | Path, networks: Iterable[str]) -> str:
             timing = latency["profile"]["latency"]
             size = "the paper's network" if timing["size"] == "paper" else "the profile's network"
             iterations = f", {timing['iterations']} iterations of DEQ" if network == "deq" else ""
-            parts.setdefault(f"{size}{iterations}, {timing['coils']} coils, {timing['shape'][0]}×{timing['shape'][1]}, {latency['device']}", []).append(LABEL[network])
-    return "Time and # Params: " + "; ".join(f"{', '.join(names)}: {what}" for what, names in parts.items()) + "." if parts else "Time was not measured."
+            parts.setdefault(f"{size}{iterations}, {timing['coils']} coils, {timing['shape'][0]}×{timing['shape'][1]}, {latency['device']}",
+                             []).append(LABEL[network])
+    return ("Time and # Params: " + "; ".join(f"{', '.join(names)}: {what}" for what, names in parts.items()) + "."
+            if parts else "Time was not measured.")
 
-
+# %% ../nbs/31_report.ipynb #c062
 def caption_1(out: str | Path, networks: Iterable[str], acceleration: int) -> str:
     """The caption of Table 1, 2 or 5."""
     networks = list(networks)
-    return (f"CS-MRI at R = {acceleration}, by pruning ratio and fine-tuning strategy: ours (paper's). PSNR in dB and SSIM in % of magnitudes over the whole image, data range "
-            f"the maximum of each ground-truth slice, mean over slices. A dash is a run that is missing. {setting(out, networks, acceleration)} {timed_on(out, networks)} "
+    return (f"CS-MRI at R = {acceleration}, by pruning ratio and fine-tuning strategy: ours (paper's). "
+            "PSNR in dB and SSIM in % of magnitudes over the whole image, data range "
+            "the maximum of each ground-truth slice, mean over slices. A dash is a run that is missing. "
+            f"{setting(out, networks, acceleration)} {timed_on(out, networks)} "
             "# Params trained: the network that gave PSNR and SSIM. The paper's numbers are fastMRI's, with longer training, on an RTX A6000.")
 
-# %% ../nbs/31_report.ipynb #c032
+# %% ../nbs/31_report.ipynb #c066
 def write_table(table: pd.DataFrame, caption: str, path: str | Path) -> list[Path]:
     """Write path.csv (numbers), path.md and path.tex (print), each whole or not at all."""
     path, printed = Path(path), for_print(table)
@@ -199,12 +207,13 @@ def write_table(table: pd.DataFrame, caption: str, path: str | Path) -> list[Pat
         written.append(atomic_write(path.with_name(path.name + suffix), lambda part: part.write_text(text, encoding="utf-8")))
     return written
 
-# %% ../nbs/31_report.ipynb #c035
+# %% ../nbs/31_report.ipynb #c070
 def comparisons(out: str | Path, network: str, acceleration: int = 6) -> pd.DataFrame:
     """PSNR and SSIM of the baselines, the teacher, and, at each ratio, of no fine-tuning, every strategy and the random start."""
     means = mean_over_images(read_metrics(out))
     means = means[(means["acceleration"] == acceleration) & means["metric"].isin(SCALE)]
-    runs = {run["folder"].name for run in read_runs(out) if run["run"]["network"] == network and run["run"]["acceleration"] == acceleration}
+    runs = {run["folder"].name for run in read_runs(out)
+            if run["run"]["network"] == network and run["run"]["acceleration"] == acceleration}
     ours = means[means["model"].isin([network, *(("zero-filled", "cg-sense") if runs else ())])].copy()
     ours["method"] = ours["model"].where(ours["model"] != network, ours["strategy"].replace({"": "unpruned", "none": "no fine-tuning"}))
     ours.loc[ours["start"] == "random", "method"] += ", random start"
@@ -213,21 +222,22 @@ def comparisons(out: str | Path, network: str, acceleration: int = 6) -> pd.Data
     rank = wide["method"].map({name: i for i, name in enumerate(order)}).fillna(len(order))
     return wide.assign(rank=rank).sort_values(["ratio", "rank"]).drop(columns="rank").reset_index(drop=True).rename_axis(columns=None)
 
-# %% ../nbs/31_report.ipynb #c039
+# %% ../nbs/31_report.ipynb #c076
 MARKERS = dict(zip(STRATEGIES, "os^"))
 COLORS = dict(zip(STRATEGIES, sns.color_palette("colorblind", len(STRATEGIES))))
 
-
+# %% ../nbs/31_report.ipynb #c077
 def degradation(table: pd.DataFrame, strategy: str, whose: str = "") -> pd.Series:
     """Percentage of the unpruned network's PSNR that is lost, by named ratio, from a block of Table 1."""
     unpruned = table[f"PSNR {STRATEGIES[0]}{whose}"].iloc[0]
     return 100 * (1 - table.set_index("Pruning ratio")[f"PSNR {strategy}{whose}"].iloc[1:] / unpruned)
 
-# %% ../nbs/31_report.ipynb #c041
+# %% ../nbs/31_report.ipynb #c081
 def figure_3(out: str | Path, networks: Iterable[str], acceleration: int = 6) -> Figure:
     """PSNR lost in percent, by ratio and strategy: one panel a network, filled markers ours, hollow the paper's."""
     networks = list(networks)
-    figure, axes = plt.subplots(1, len(networks), figsize=(0.6 + 3.6 * len(networks), 3.0), dpi=100, sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(networks), figsize=(0.6 + 3.6 * len(networks), 3.0), dpi=100,
+                                sharey=True, squeeze=False, layout="constrained")
     for axis, network in zip(axes[0], networks):
         block = table_1(out, [network], acceleration)
         for strategy in STRATEGIES:
@@ -243,7 +253,7 @@ def figure_3(out: str | Path, networks: Iterable[str], acceleration: int = 6) ->
     sns.despine(figure)
     return figure
 
-# %% ../nbs/31_report.ipynb #c045
+# %% ../nbs/31_report.ipynb #c086
 def read_images(folder: Path) -> dict[str, np.ndarray]:
     """Magnitudes that a run stored, by name; empty where the run is missing."""
     path = Path(folder) / "images.npz"
@@ -252,12 +262,12 @@ def read_images(folder: Path) -> dict[str, np.ndarray]:
     with np.load(path) as stored:
         return {name: stored[name].astype(np.float64) for name in stored.files}
 
-
+# %% ../nbs/31_report.ipynb #c088
 def image_psnr(image: np.ndarray, truth: np.ndarray) -> float:
     """PSNR of a stored magnitude; data range is the maximum of the ground truth."""
     return float(10 * np.log10(truth.max() ** 2 / np.mean((image - truth) ** 2)))
 
-
+# %% ../nbs/31_report.ipynb #c090
 def detail_window(truth: np.ndarray, share: float = 0.25) -> tuple[slice, slice]:
     """The window, `share` of each side, in which the ground truth varies most."""
     size = [max(4, int(share * side)) for side in truth.shape]
@@ -267,7 +277,7 @@ def detail_window(truth: np.ndarray, share: float = 0.25) -> tuple[slice, slice]
     row, column = np.unravel_index(inside.argmax(), inside.shape)
     return slice(row, row + size[0]), slice(column, column + size[1])
 
-# %% ../nbs/31_report.ipynb #c048
+# %% ../nbs/31_report.ipynb #c094
 def show_image(axis: plt.Axes, image: np.ndarray, truth: np.ndarray, title: str, reference: float | None) -> None:
     """An image with its PSNR, the change from `reference` dB in percent, and an enlarged window."""
     axis.imshow(image, cmap="gray", vmin=0, vmax=truth.max())
@@ -288,37 +298,40 @@ def show_image(axis: plt.Axes, image: np.ndarray, truth: np.ndarray, title: str,
     axis.add_patch(rectangle)
     inset.set(xticks=[], yticks=[])
 
-
+# %% ../nbs/31_report.ipynb #c096
 def show_error(axis: plt.Axes, image: np.ndarray, truth: np.ndarray, limit: float):
     """The magnitude of the error, on a scale from 0 to `limit`."""
     return axis.imshow(np.abs(image - truth), cmap="magma", vmin=0, vmax=limit)
 
-# %% ../nbs/31_report.ipynb #c049
+# %% ../nbs/31_report.ipynb #c098
 def picture_rows(out: str | Path, network: str, acceleration: int, seed: int = 0) -> list[list[tuple[str, np.ndarray | None]]]:
     """Titles and images of Figure 7, row by row; None for a missing run. Raises FileNotFoundError where the teacher's is missing."""
     teacher = read_images(Run(network, acceleration, seed=seed).folder(out))
     if not teacher:
-        raise FileNotFoundError(f"no images of the teacher {Run(network, acceleration, seed=seed).name} in {out}: run pretrain.ipynb first")
+        raise FileNotFoundError(f"no images of the teacher {Run(network, acceleration, seed=seed).name} in {out}: "
+                                "run pretrain.ipynb first")
     rows = [list(teacher.items())]
     for strategy in STRATEGIES:
         runs = [Run(network, acceleration, ratio, strategy, seed=seed) for ratio in NAMED_RATIO if ratio]
         rows.append([(f"{strategy}, {NAMED_RATIO[run.ratio]} %", read_images(run.folder(out)).get("student")) for run in runs])
     return rows
 
-
+# %% ../nbs/31_report.ipynb #c100
 def error_limit(rows: list[list[tuple[str, np.ndarray | None]]], truth: np.ndarray) -> float:
     """Largest error to be shown: the 99.5th percentile over all images but the zero-filled one."""
-    errors = [np.abs(image - truth) for row in rows for title, image in row if image is not None and image is not truth and title != "zero-filled"]
+    errors = [np.abs(image - truth) for row in rows for title, image in row
+              if image is not None and image is not truth and title != "zero-filled"]
     return max(float(np.percentile(np.stack(errors), 99.5)), 1e-6) if errors else 1.0
 
-# %% ../nbs/31_report.ipynb #c050
+# %% ../nbs/31_report.ipynb #c102
 def figure_7(out: str | Path, network: str, acceleration: int = 6, seed: int = 0) -> Figure:
     """The figure for one network: references, then strategy by ratio, each image with its error; missing runs are left blank."""
     rows = picture_rows(out, network, acceleration, seed)
     truth, teacher = rows[0][0][1], rows[0][-1][1]
     limit, reference = error_limit(rows, truth), image_psnr(teacher, truth)
     aspect = truth.shape[0] / truth.shape[1]
-    figure, axes = plt.subplots(len(rows), 2 * len(rows[0]), figsize=(12, len(rows) * (1.5 * aspect + 0.15)), dpi=70, layout="constrained")
+    figure, axes = plt.subplots(len(rows), 2 * len(rows[0]), figsize=(12, len(rows) * (1.5 * aspect + 0.15)), dpi=70,
+                                layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for number, row in enumerate(rows):
@@ -335,7 +348,7 @@ def figure_7(out: str | Path, network: str, acceleration: int = 6, seed: int = 0
     bar.set_label("error", fontsize=7)
     return figure
 
-# %% ../nbs/31_report.ipynb #c054
+# %% ../nbs/31_report.ipynb #c108
 def write_figure(figure: Figure, path: str | Path) -> list[Path]:
     """Write path.png and path.pdf; no time stamp, so that equal figures are equal files."""
     path = Path(path)

@@ -16,7 +16,7 @@ import subprocess
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,14 @@ class Training:
     clip: float | None = None         # largest norm of the gradient
     loss: str = ""                    # one of `spade.losses.LOSSES`; empty: the network's usual one
     checkpoint_every: int = 500       # steps between states from which a killed run resumes
+    steps_at: Mapping[str, int] = field(default_factory=dict)   # other numbers of steps, by pre-defined ratio, such as {0.4: 800}
 
-# %% ../nbs/25_profiles.ipynb #c015
+    def at(self, ratio: float) -> "Training":
+        """These settings for one pre-defined ratio: more was cut, more must be learnt again."""
+        steps = {float(name): steps for name, steps in self.steps_at.items()}
+        return replace(self, steps=steps.get(float(ratio), self.steps), steps_at={})
+
+# %% ../nbs/25_profiles.ipynb #c016
 @dataclass(frozen=True)
 class NetworkSettings:
     """A network's size and how long it and its students are trained."""
@@ -88,7 +94,7 @@ class NetworkSettings:
     pretraining: Training = Training(steps=1)
     finetuning: Mapping[str, Training] = field(default_factory=dict)  # by strategy
 
-# %% ../nbs/25_profiles.ipynb #c017
+# %% ../nbs/25_profiles.ipynb #c018
 @dataclass(frozen=True)
 class Equivariance:
     """Settings of the equivariant term of eq. 9."""
@@ -97,7 +103,7 @@ class Equivariance:
     weight: float = 1.0           # of the equivariant term against data fidelity
     detach: bool = False          # treat the rotated reconstruction as a fixed target
 
-# %% ../nbs/25_profiles.ipynb #c019
+# %% ../nbs/25_profiles.ipynb #c020
 @dataclass(frozen=True)
 class Latency:
     """What is timed, and how."""
@@ -109,7 +115,7 @@ class Latency:
     warmup: int = 3
     threads: int = 1             # on a CPU
 
-# %% ../nbs/25_profiles.ipynb #c020
+# %% ../nbs/25_profiles.ipynb #c021
 @dataclass(frozen=True)
 class Profile:
     """Everything that an experiment needs to know besides its own parameters."""
@@ -128,7 +134,7 @@ class Profile:
     workers: int = 1                             # runs side by side
     threads: int = 1                             # CPU threads of each run
 
-# %% ../nbs/25_profiles.ipynb #c022
+# %% ../nbs/25_profiles.ipynb #c023
 def read_as(kind: Any, value: Any, key: str) -> Any:
     """`value`, as it comes from YAML, as an instance of the annotation `kind`; `key` is its full name for messages."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
@@ -146,7 +152,7 @@ def read_as(kind: Any, value: Any, key: str) -> Any:
         return float(value) if kind is float else value
     raise ValueError(f"{key} is {value!r}, which is no {getattr(kind, '__name__', kind) if not inner else kind}")
 
-# %% ../nbs/25_profiles.ipynb #c023
+# %% ../nbs/25_profiles.ipynb #c024
 def read_dataclass(kind: type, value: Any, key: str) -> Any:
     """An instance of the dataclass `kind` from a mapping; refuses unknown and missing keys by their full name."""
     if not isinstance(value, Mapping):
@@ -160,7 +166,7 @@ def read_dataclass(kind: type, value: Any, key: str) -> Any:
         raise ValueError(f"{key} lacks {', '.join(missing)}")
     return kind(**{name: read_as(hints[name], part, f"{key}.{name}") for name, part in value.items()})
 
-# %% ../nbs/25_profiles.ipynb #c029
+# %% ../nbs/25_profiles.ipynb #c030
 def project_root(start: str | Path = ".") -> Path:
     """The nearest folder from `start` upwards with profiles in `config/`; FileNotFoundError if there is none."""
     package = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
@@ -169,7 +175,7 @@ def project_root(start: str | Path = ".") -> Path:
             return folder
     raise FileNotFoundError(f"no folder config/ with profiles in {Path(start).resolve()} or above it")
 
-# %% ../nbs/25_profiles.ipynb #c030
+# %% ../nbs/25_profiles.ipynb #c031
 def resolve(path: str | Path) -> Path:
     """`path` itself if it is absolute, otherwise from the project's root."""
     return Path(path) if Path(path).is_absolute() else project_root() / path
@@ -179,7 +185,7 @@ def profile_names() -> list[str]:
     """The profiles in `config/`, by name."""
     return sorted(path.stem for path in (project_root() / "config").glob("*.yaml"))
 
-# %% ../nbs/25_profiles.ipynb #c033
+# %% ../nbs/25_profiles.ipynb #c034
 def override(mapping: dict, key: str, value: Any) -> None:
     """Set `mapping["a"]["b"]` for the key "a.b", in place."""
     *folders, last = key.split(".")
@@ -187,7 +193,7 @@ def override(mapping: dict, key: str, value: Any) -> None:
         mapping = mapping.setdefault(name, {})
     mapping[last] = value
 
-# %% ../nbs/25_profiles.ipynb #c036
+# %% ../nbs/25_profiles.ipynb #c037
 def check_names(profile: Profile) -> None:
     """Refuse a profile whose names of networks, strategies, schedules, … are not known."""
     for network, settings in profile.networks.items():
@@ -203,7 +209,7 @@ def check_names(profile: Profile) -> None:
     choose("rotations", profile.self_supervised.rotations, ("any", "right"))
     choose("latency.size", profile.latency.size, ("paper", "profile"))
 
-# %% ../nbs/25_profiles.ipynb #c037
+# %% ../nbs/25_profiles.ipynb #c038
 def load_profile(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Profile:
     """Read the profile `name` of `config/`, or the YAML file at this path, with `overrides` such as {"data.seed": 3}.
 
@@ -222,7 +228,7 @@ def load_profile(name: str | Path, overrides: Mapping[str, Any] | None = None) -
     check_names(profile)
     return profile
 
-# %% ../nbs/25_profiles.ipynb #c045
+# %% ../nbs/25_profiles.ipynb #c046
 def as_plain(value: Any) -> Any:
     """Dataclasses, tuples and read-only mappings as dictionaries and lists, for JSON."""
     if is_dataclass(value):
@@ -231,7 +237,7 @@ def as_plain(value: Any) -> Any:
         return {key: as_plain(part) for key, part in value.items()}
     return [as_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/25_profiles.ipynb #c047
+# %% ../nbs/25_profiles.ipynb #c048
 def commit() -> str:
     """The commit of the checkout, with "+changes" where a tracked file differs from it; "unknown" outside a checkout."""
     def git(*arguments: str) -> str:
@@ -242,7 +248,7 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
-# %% ../nbs/25_profiles.ipynb #c048
+# %% ../nbs/25_profiles.ipynb #c049
 PACKAGES: tuple[str, ...] = ("spade", "torch", "torch-pruning", "accelerate", "numpy", "scikit-image", "h5py")
 
 
@@ -256,7 +262,7 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     return found
 
-# %% ../nbs/25_profiles.ipynb #c049
+# %% ../nbs/25_profiles.ipynb #c050
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a profile: "auto" is the first GPU where there is one."""
     if name == "auto":
@@ -273,7 +279,7 @@ def describe_device(name: str = "auto") -> str:
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
-# %% ../nbs/25_profiles.ipynb #c050
+# %% ../nbs/25_profiles.ipynb #c051
 def provenance(profile: Profile | None = None, **facts) -> dict:
     """What made a result: commit, versions, device, the whole profile, and `facts` such as a seed."""
     device = profile.device if profile else "auto"

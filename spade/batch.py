@@ -40,26 +40,26 @@ class Job:
 #: a package that Accelerate imports complains, with the path of this machine, that it cannot draw progress bars as widgets
 QUIET = "ignore:IProgress not found"
 
-
+# %% ../nbs/32_batch.ipynb #c008
 def relative(path: Path) -> str:
     """`path` as seen from the project's root, if it lies below it."""
     root = project_root()
     return str(path.resolve().relative_to(root)) if path.resolve().is_relative_to(root) else str(path)
 
-
+# %% ../nbs/32_batch.ipynb #c010
 def command(job: Job) -> list[str]:
     """The papermill call of a job."""
     return [sys.executable, "-m", "papermill", relative(job.notebook), relative(job.output), "--no-progress-bar", "--kernel", "python3",
             "-y", yaml.safe_dump(job.parameters, default_flow_style=True, width=10**6)]
 
-
+# %% ../nbs/32_batch.ipynb #c012
 def environment(threads: int) -> dict[str, str]:
     """Environment of a job: so many threads, no progress bars, spade from this checkout."""
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     path = os.pathsep.join(filter(None, [str(project_root()), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, **limits, "TQDM_DISABLE": "1", "PYTHONPATH": path, "PYTHONWARNINGS": QUIET}
 
-# %% ../nbs/32_batch.ipynb #c009
+# %% ../nbs/32_batch.ipynb #c016
 def failing_cell(executed: Path) -> str:
     """The failing cell of an executed notebook, its execution count and first line, and its error; empty if no cell failed."""
     if not executed.is_file():
@@ -71,7 +71,7 @@ def failing_cell(executed: Path) -> str:
                 return f"cell In [{cell.execution_count}]: {lines[0]}\n    {output.ename}: {output.evalue}"
     return ""
 
-# %% ../nbs/32_batch.ipynb #c010
+# %% ../nbs/32_batch.ipynb #c018
 @dataclass(frozen=True)
 class Outcome:
     """What became of a job."""
@@ -84,7 +84,7 @@ class Outcome:
         told = ", ".join(f"{name}={value!r}" for name, value in self.job.parameters.items() if value != "")
         return f"{self.job.notebook.name} ({told}) failed after {self.seconds:.0f} s\n  {self.error}"
 
-# %% ../nbs/32_batch.ipynb #c011
+# %% ../nbs/32_batch.ipynb #c020
 def run_job(job: Job, threads: int = 1) -> Outcome:
     """Run one job unless it is done; never raises for a job that fails."""
     if job.done():
@@ -92,7 +92,8 @@ def run_job(job: Job, threads: int = 1) -> Outcome:
     job.output.parent.mkdir(parents=True, exist_ok=True)
     job.output.unlink(missing_ok=True)
     began = time.perf_counter()
-    process = subprocess.Popen(command(job), cwd=project_root(), env=environment(threads), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(job), cwd=project_root(), env=environment(threads),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _, errors = process.communicate()
     except BaseException:
@@ -104,7 +105,7 @@ def run_job(job: Job, threads: int = 1) -> Outcome:
         return Outcome(job, "failed", seconds, failing_cell(job.output) or last)
     return Outcome(job, "done", seconds)
 
-# %% ../nbs/32_batch.ipynb #c016
+# %% ../nbs/32_batch.ipynb #c026
 def run_jobs(jobs: list[Job], workers: int = 1, threads: int = 1, title: str = "runs") -> list[Outcome]:
     """Run jobs side by side; returns an outcome for each, in their order."""
     running: dict[str, float] = {}
@@ -126,7 +127,7 @@ def run_jobs(jobs: list[Job], workers: int = 1, threads: int = 1, title: str = "
             raise
     return [future.result() for future in futures]
 
-
+# %% ../nbs/32_batch.ipynb #c028
 def watch(futures: list, running: dict[str, float], bar: tqdm) -> None:
     """Move the bar while jobs run: once a second, or half a minute where nobody looks."""
     pause = 1 if sys.stderr.isatty() else 15
@@ -142,7 +143,7 @@ def watch(futures: list, running: dict[str, float], bar: tqdm) -> None:
     bar.set_postfix_str("")
     bar.update(len(futures) - bar.n)
 
-# %% ../nbs/32_batch.ipynb #c020
+# %% ../nbs/32_batch.ipynb #c034
 def students(profile: Profile, network: str, acceleration: int) -> list[Run]:
     """The fine-tuning runs that a profile asks for."""
     pruned = [Run(network, acceleration, ratio, strategy, seed=seed)
@@ -151,10 +152,11 @@ def students(profile: Profile, network: str, acceleration: int) -> list[Run]:
               for seed in profile.seeds for strategy, ratios in profile.random_start.items() for ratio in ratios]
     return pruned + random
 
-# %% ../nbs/32_batch.ipynb #c024
+# %% ../nbs/32_batch.ipynb #c040
 def job_of(run: Run, profile: Profile, out: Path, data: str = "", teacher: str = "") -> Job:
     """The papermill call that makes `run`."""
-    parameters = dict(network=run.network, acceleration=run.acceleration, profile=profile.name, seed=run.seed, data=data, out=relative(out), teacher=teacher)
+    parameters = dict(network=run.network, acceleration=run.acceleration, profile=profile.name, seed=run.seed,
+                      data=data, out=relative(out), teacher=teacher)
     if run.strategy:
         parameters |= dict(ratio=run.ratio, strategy=run.strategy, start=run.start)
 
@@ -166,13 +168,13 @@ def job_of(run: Run, profile: Profile, out: Path, data: str = "", teacher: str =
         return is_complete(run, out, run_key(run, profile, source, data))
     return Job(run.name, notebook_path(run.notebook), run.folder(out) / "run.ipynb", parameters, done)
 
-# %% ../nbs/32_batch.ipynb #c027
+# %% ../nbs/32_batch.ipynb #c044
 def prepare(profile: Profile, network: str, acceleration: int, data: str = "") -> None:
     """Simulate the acquisitions and estimate all coil maps, unless they are there."""
     for split, slices in datasets(profile, Run(network, acceleration), data).items():
         slices.prepare()
 
-# %% ../nbs/32_batch.ipynb #c029
+# %% ../nbs/32_batch.ipynb #c046
 REPORTS: tuple[str, ...] = ("table_1", "figure_3", "figure_7")
 
 
@@ -181,13 +183,13 @@ def report_jobs(network: str, acceleration: int, profile: Profile, out: Path) ->
     parameters = dict(networks=network, acceleration=acceleration, profile=profile.name, out=relative(out))
     return [Job(name, notebook_path(name), out / "notebooks" / f"{name}_{network}_R{acceleration}.ipynb", parameters) for name in REPORTS]
 
-
+# %% ../nbs/32_batch.ipynb #c048
 def latency_job(network: str, profile: Profile, out: Path) -> Job:
     """The notebook that measures time; it looks itself whether that is done."""
     parameters = dict(network=network, profile=profile.name, out=relative(out))
     return Job(f"latency {network}", notebook_path("latency"), out / "latency" / f"{network}.ipynb", parameters)
 
-# %% ../nbs/32_batch.ipynb #c031
+# %% ../nbs/32_batch.ipynb #c052
 def demo(network: str, profile: Profile, out: Path, acceleration: int = 6, data: str = "") -> list[Outcome]:
     """One network from raw data to its tables and figures; returns what became of every job."""
     if network not in profile.networks:
@@ -201,7 +203,7 @@ def demo(network: str, profile: Profile, out: Path, acceleration: int = 6, data:
     outcomes += run_jobs([latency_job(network, profile, out)], threads=profile.latency.threads, title="time")
     return outcomes + run_jobs(report_jobs(network, acceleration, profile, out), **pools, title="table, figures")
 
-# %% ../nbs/32_batch.ipynb #c033
+# %% ../nbs/32_batch.ipynb #c054
 def tell(outcomes: list[Outcome], network: str, acceleration: int, out: Path) -> None:
     """Print the table, where the files are, and every failure."""
     table = out / f"table_1_{network}_R{acceleration}.md"
@@ -217,7 +219,7 @@ def tell(outcomes: list[Outcome], network: str, acceleration: int, out: Path) ->
     for outcome in failed:
         print(f"\n{outcome}", file=sys.stderr)
 
-# %% ../nbs/32_batch.ipynb #c035
+# %% ../nbs/32_batch.ipynb #c057
 def parser() -> argparse.ArgumentParser:
     """Arguments of `python -m spade.batch`."""
     parser = argparse.ArgumentParser(prog="python -m spade.batch", description="Run the experiment notebooks of one network.")
@@ -229,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="", help="folder for results, outputs/PROFILE by default")
     return parser
 
-
+# %% ../nbs/32_batch.ipynb #c059
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 0 if every job succeeded, 1 if one failed, 2 for a choice that does not exist."""
     options = parser().parse_args(arguments)
@@ -247,6 +249,6 @@ def main(arguments: list[str] | None = None) -> int:
     tell(outcomes, options.network, options.acceleration, out)
     return int(any(outcome.state == "failed" for outcome in outcomes))
 
-# %% ../nbs/32_batch.ipynb #c037
+# %% ../nbs/32_batch.ipynb #c062
 if __name__ == "__main__" and "__file__" in globals():    # as a module, not in this notebook
     sys.exit(main())

@@ -22,7 +22,7 @@ import nbformat
 import yaml
 from tqdm import tqdm
 
-from .experiment import Run, checksum, datasets, find_teacher, is_complete, notebook_path, run_key, shipped_teacher
+from .experiment import Run, checksum, datasets, find_teacher, is_complete, notebook_path, run_key, shipped_teacher, use_device
 from .models import NETWORKS
 from .profiles import STRATEGIES, Profile, choose, load_profile, profile_names, project_root, resolve
 
@@ -171,6 +171,7 @@ def job_of(run: Run, profile: Profile, out: Path, data: str = "", teacher: str =
 # %% ../nbs/32_batch.ipynb #c044
 def prepare(profile: Profile, network: str, acceleration: int, data: str = "") -> None:
     """Simulate the acquisitions and estimate all coil maps, unless they are there."""
+    use_device(profile)     # its number of threads: many small operations on threads that wait for each other are slow
     for split, slices in datasets(profile, Run(network, acceleration), data).items():
         slices.prepare()
 

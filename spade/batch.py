@@ -129,7 +129,7 @@ def run_jobs(jobs: list[Job], workers: int = 1, threads: int = 1, title: str = "
 
 # %% ../nbs/32_batch.ipynb #c028
 def watch(futures: list, running: dict[str, float], bar: tqdm) -> None:
-    """Move the bar while jobs run: once a second, or half a minute where nobody looks."""
+    """Move the bar while jobs run: once a second, or 15 seconds where nobody looks."""
     pause = 1 if sys.stderr.isatty() else 15
     while not all(future.done() for future in futures):
         done = sum(future.done() for future in futures)

@@ -128,6 +128,8 @@ def find_teacher(run: Run, profile: Profile, out: str | Path, teacher: str = "")
     Raises FileNotFoundError, saying how to make one, where there is none.
     """
     if teacher and teacher != "shipped":
+        if not resolve(teacher).is_file():
+            raise FileNotFoundError(f"the parameter teacher names {teacher}, which does not exist; expected a checkpoint such as network.safetensors")
         return resolve(teacher)
     shipped = shipped_teacher(run, profile)
     places = [shipped] if teacher else [run.teacher.folder(out) / "network.safetensors", shipped]
@@ -261,9 +263,10 @@ def peak_memory_mb() -> int:
 
 # %% ../nbs/26_experiment.ipynb #c086
 def is_complete(run: Run, out: str | Path, key: str) -> bool:
-    """True if the run's result is there and was made with this key."""
+    """True if the run's result and network are there and were made with this key."""
+    folder = run.folder(out)
     try:
-        return read_json(run.folder(out) / "result.json")["key"] == key
+        return (folder / "network.safetensors").is_file() and read_json(folder / "result.json")["key"] == key
     except (FileNotFoundError, ValueError, KeyError):
         return False
 

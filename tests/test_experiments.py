@@ -145,3 +145,8 @@ def test_a_profile_may_name_a_users_own_images(tmp_path):
     assert len(files) == 3
     with h5py.File(files[0]) as file:
         assert file["kspace"].shape[:2] == (2, 4) and file["reconstruction_rss"].shape == (2, 64, 96)
+
+
+def test_a_named_teacher_must_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="parameter teacher names .*nowhere.safetensors"):
+        find_teacher(Run("varnet", 6, 0.40, "school"), load_profile("smoke"), tmp_path, str(tmp_path / "nowhere.safetensors"))

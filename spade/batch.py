@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'REPORTS', 'Job', 'relative', 'command', 'environment', 'failing_cell', 'Outcome', 'run_job', 'run_jobs',
-           'watch', 'students', 'job_of', 'prepare', 'report_jobs', 'latency_job', 'demo', 'tell', 'parser', 'main']
+           'watch', 'students', 'job_of', 'prepare', 'report_jobs', 'latency_job', 'steps_of', 'demo', 'tell', 'parser',
+           'main']
 
 # %% ../nbs/32_batch.ipynb #c003
 import argparse
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,11 @@ def latency_job(network: str, profile: Profile, out: Path) -> Job:
     return Job(f"latency {network}", notebook_path("latency"), out / "latency" / f"{network}.ipynb", parameters)
 
 # %% ../nbs/32_batch.ipynb #c052
+def steps_of(profile: Profile, run: Run) -> int:
+    """How many steps a student is fine-tuned."""
+    return profile.networks[run.network].finetuning[run.strategy].at(run.ratio).steps
+
+# %% ../nbs/32_batch.ipynb #c055
 def demo(network: str, profile: Profile, out: Path, acceleration: int = 6, data: str = "") -> list[Outcome]:
     """One network from raw data to its tables and figures; returns what became of every job."""
     if network not in profile.networks:
@@ -200,11 +207,12 @@ def demo(network: str, profile: Profile, out: Path, acceleration: int = 6, data:
     shipped = "shipped" if shipped_teacher(Run(network, acceleration), profile).is_file() else ""
     teachers = [job_of(Run(network, acceleration, seed=seed), profile, out, data, shipped) for seed in profile.seeds]
     outcomes = run_jobs(teachers, **pools, title="teacher")
-    outcomes += run_jobs([job_of(run, profile, out, data) for run in students(profile, network, acceleration)], **pools, title="students")
+    runs = sorted(students(profile, network, acceleration), key=partial(steps_of, profile), reverse=True)     # the longest first, so that none is left for the end
+    outcomes += run_jobs([job_of(run, profile, out, data) for run in runs], **pools, title="students")
     outcomes += run_jobs([latency_job(network, profile, out)], threads=profile.latency.threads, title="time")
     return outcomes + run_jobs(report_jobs(network, acceleration, profile, out), **pools, title="table, figures")
 
-# %% ../nbs/32_batch.ipynb #c054
+# %% ../nbs/32_batch.ipynb #c057
 def tell(outcomes: list[Outcome], network: str, acceleration: int, out: Path) -> None:
     """Print the table, where the files are, and every failure."""
     table = out / f"table_1_{network}_R{acceleration}.md"
@@ -220,7 +228,7 @@ def tell(outcomes: list[Outcome], network: str, acceleration: int, out: Path) ->
     for outcome in failed:
         print(f"\n{outcome}", file=sys.stderr)
 
-# %% ../nbs/32_batch.ipynb #c057
+# %% ../nbs/32_batch.ipynb #c060
 def parser() -> argparse.ArgumentParser:
     """Arguments of `python -m spade.batch`."""
     parser = argparse.ArgumentParser(prog="python -m spade.batch", description="Run the experiment notebooks of one network.")
@@ -232,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="", help="folder for results, outputs/PROFILE by default")
     return parser
 
-# %% ../nbs/32_batch.ipynb #c059
+# %% ../nbs/32_batch.ipynb #c062
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 0 if every job succeeded, 1 if one failed, 2 for a choice that does not exist."""
     options = parser().parse_args(arguments)
@@ -250,6 +258,6 @@ def main(arguments: list[str] | None = None) -> int:
     tell(outcomes, options.network, options.acceleration, out)
     return int(any(outcome.state == "failed" for outcome in outcomes))
 
-# %% ../nbs/32_batch.ipynb #c062
+# %% ../nbs/32_batch.ipynb #c065
 if __name__ == "__main__" and "__file__" in globals():    # as a module, not in this notebook
     sys.exit(main())

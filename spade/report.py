@@ -182,7 +182,8 @@ def timed_on(out: str | Path, networks: Iterable[str]) -> str:
             timing = latency["profile"]["latency"]
             size = "the paper's network" if timing["size"] == "paper" else "the profile's network"
             iterations = f", {timing['iterations']} iterations of DEQ" if network == "deq" else ""
-            parts.setdefault(f"{size}{iterations}, {timing['coils']} coils, {timing['shape'][0]}×{timing['shape'][1]}, {latency['device']}",
+            where = latency.get("measured_on", latency["device"]).split(";")[0]     # with the threads that were timed, not the notebook's
+            parts.setdefault(f"{size}{iterations}, {timing['coils']} coils, {timing['shape'][0]}×{timing['shape'][1]}, {where}",
                              []).append(LABEL[network])
     return ("Time and # Params: " + "; ".join(f"{', '.join(names)}: {what}" for what, names in parts.items()) + "."
             if parts else "Time was not measured.")

@@ -25,6 +25,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'spade.batch.report_jobs': ('batch.html#report_jobs', 'spade/batch.py'),
                              'spade.batch.run_job': ('batch.html#run_job', 'spade/batch.py'),
                              'spade.batch.run_jobs': ('batch.html#run_jobs', 'spade/batch.py'),
+                             'spade.batch.steps_of': ('batch.html#steps_of', 'spade/batch.py'),
                              'spade.batch.students': ('batch.html#students', 'spade/batch.py'),
                              'spade.batch.tell': ('batch.html#tell', 'spade/batch.py'),
                              'spade.batch.watch': ('batch.html#watch', 'spade/batch.py')},

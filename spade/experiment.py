@@ -142,7 +142,7 @@ def find_teacher(run: Run, profile: Profile, out: str | Path, teacher: str = "")
 # %% ../nbs/26_experiment.ipynb #c036
 def loop_settings(training: Training, run: Run, profile: Profile, folder: str | Path | None = None) -> dict:
     """Arguments of `spade.training.train` for this run."""
-    settings = {name: value for name, value in asdict(training).items() if name not in ("loss", "steps_at")}
+    settings = {name: value for name, value in vars(training).items() if name not in ("loss", "steps_at")}
     return {**settings, "seed": run.seed, "mixed_precision": profile.mixed_precision, "folder": folder}
 
 # %% ../nbs/26_experiment.ipynb #c038

@@ -90,7 +90,7 @@ def test_what_is_passed_on_whole_is_what_the_loop_takes():
 
     from spade.losses import SelfSupervised
     from spade.training import Settings
-    assert {field.name for field in fields(Training)} <= {field.name for field in fields(Settings)} | {"loss"}, "the loss goes to the strategy"
+    assert {field.name for field in fields(Training)} <= {field.name for field in fields(Settings)} | {"loss", "steps_at"}, "the loss goes to the strategy, steps_at to Training.at"
     assert {field.name for field in fields(Equivariance)} <= set(inspect.signature(SelfSupervised).parameters)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from spade.models import DEQ, EDSR, NETWORKS, E2EVarNet, NormUnet, Unet, VarNet, build, channels_to_complex, complex_to_channels, network_name
+from spade.models import DEQ, EDSR, E2EVarNet, NormUnet, Unet, VarNet, build, channels_to_complex, complex_to_channels, network_name
 from spade.operators import MultiCoilMRI
 
 PAPER = {"deq": 999_428, "varnet": 19_634_712, "e2e-varnet": 20_119_610}
@@ -36,7 +36,7 @@ def test_sensitivity_network_size():
     assert sum(weight.numel() for weight in E2EVarNet().sens_net.parameters()) == 484_898
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("coils", [1, 12])
 def test_one_calling_convention(name, batch, coils):
@@ -45,7 +45,7 @@ def test_one_calling_convention(name, batch, coils):
     assert x_hat.shape == (batch, 1, 15, 17) and x_hat.dtype == torch.complex64 and x_hat.isfinite().all()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_images_of_a_batch_do_not_mix(name):
     y, A = problem(3)
     model = small(name).eval()
@@ -57,7 +57,7 @@ def test_images_of_a_batch_do_not_mix(name):
             torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_every_weight_learns(name):
     model = small(name)
     y, A = problem(2)
@@ -68,7 +68,7 @@ def test_every_weight_learns(name):
         assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.any(), weight_name
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_gradients_reach_the_measurement(name):
     y, A = problem()
     y.requires_grad_()
@@ -76,14 +76,14 @@ def test_gradients_reach_the_measurement(name):
     assert y.grad.isfinite().all() and y.grad.any()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_double_precision(name):
     y, A = problem(dtype=torch.complex128)
     x_hat = small(name).double()(y, A)
     assert x_hat.dtype == torch.complex128
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_mixed_precision_keeps_the_physics_in_complex64(name):
     y, A = problem()
     model = small(name)
@@ -95,7 +95,7 @@ def test_mixed_precision_keeps_the_physics_in_complex64(name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_gpu_agrees_with_cpu(name):
     y, A = problem(2)
     model = small(name).eval()
@@ -105,7 +105,7 @@ def test_gpu_agrees_with_cpu(name):
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_scale_of_an_empty_measurement(name):
     "An all-zero slice is answered by numbers, not NaN, and has a gradient."
     y, A = problem()
@@ -116,7 +116,7 @@ def test_scale_of_an_empty_measurement(name):
     assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_config_rebuilds_the_network(name):
     import json
     model = small(name)
@@ -126,7 +126,7 @@ def test_config_rebuilds_the_network(name):
     assert torch.equal(other.eval()(y, A), model.eval()(y, A)) and network_name(other) == name
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_k_space_that_does_not_fit_is_refused(name):
     y, A = problem(coils=3)
     with pytest.raises(ValueError, match="shape"):
@@ -135,7 +135,7 @@ def test_k_space_that_does_not_fit_is_refused(name):
 
 # --- what is offered for pruning -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_priors_hold_all_weights_but_the_physics(name):
     model = build(name)
     offered = {id(weight) for module, _, _ in model.priors() for weight in module.parameters()}
@@ -146,7 +146,7 @@ def test_priors_hold_all_weights_but_the_physics(name):
     assert sum(not weight_name.startswith("sens_net.") for weight_name in left) == (2 if name == "deq" else 8)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_priors_run_on_their_example_in_training_mode(name):
     "InstanceNorm refuses a single pixel in training mode, so the example must be large enough."
     for module, example, keep in small(name).train().priors():
@@ -154,7 +154,7 @@ def test_priors_run_on_their_example_in_training_mode(name):
         assert all(any(layer is inner for inner in module.modules()) and layer.out_channels == 2 for layer in keep)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PAPER)
 def test_nothing_is_done_in_place(name):
     assert not any(getattr(layer, "inplace", False) for layer in build(name).modules())
 
@@ -222,7 +222,7 @@ def test_e2e_needs_the_centre():
 def test_two_dimensional_mask():
     y, A = problem()
     mask = A.mask.expand(1, 1, 15, 17).clone()
-    for name in NETWORKS:
+    for name in PAPER:
         model = small(name).eval()
         with torch.no_grad():
             torch.testing.assert_close(model(y, A.with_mask(mask)), model(y, A))

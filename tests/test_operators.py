@@ -4,9 +4,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import convolve
 
-from spade.operators import (LinearOperator, MultiCoilMRI, adjoint_error, fft2c, gradient_error, linearity_error,
-                             normalize_maps, operator_norm)
+from spade.operators import (BlurDownsample, LinearOperator, MultiCoilMRI, adjoint_error, fft2c, fold, gradient_error, kernel_spectrum,
+                             linearity_error, normalize_maps, operator_norm)
 
 
 def random_complex(*shape: int, seed: int = 0, dtype: torch.dtype = torch.complex128) -> torch.Tensor:
@@ -34,8 +35,38 @@ def mri_cases() -> dict[str, Callable[[], tuple]]:
     return cases
 
 
+def random_real(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Real normal numbers from a seed."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_kernel(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Positive kernels that sum to one, from a seed."""
+    kernel = random_real(*shape, seed=seed).abs()
+    return kernel / kernel.sum(dim=(-2, -1), keepdim=True)
+
+
+def blur(batch: int, kernels: int, scale: int, kernel: tuple[int, int], small: tuple[int, int]) -> tuple[LinearOperator, ...]:
+    """An operator of super-resolution with an element of its domain and one of its range."""
+    A = BlurDownsample(random_kernel(kernels, 1, *kernel), scale, 0.01)
+    return A, random_real(batch, 3, small[0] * scale, small[1] * scale, seed=2), random_real(batch, 3, *small, seed=3)
+
+
+def blur_cases() -> dict[str, Callable[[], tuple]]:
+    """Scales 1 to 4; kernels even, odd, 25 × 25 and as large as the image; one kernel for all and one for each."""
+    cases = {}
+    for scale in (1, 2, 3, 4):
+        for kernel, small in (((1, 1), (3, 3)), ((5, 5), (5, 7)), ((4, 5), (8, 6)), ((25, 25), (27, 25)), ((7, 5), (7, 5))):
+            for batch, kernels in ((1, 1), (3, 1), (2, 2)):
+                name = f"blur-x{scale}-{kernel[0]}x{kernel[1]}-{small[0]}x{small[1]}-{kernels}of{batch}"
+                cases[name] = lambda b=batch, n=kernels, s=scale, k=kernel, m=small: blur(b, n, s, k, m)
+    return cases
+
+
 # Another operator joins by adding its cases: a name and a function that returns (A, x, y)
-CASES = mri_cases()
+CASES = mri_cases() | blur_cases()
+BLURS = blur_cases()
+every_blur = pytest.mark.parametrize("case", BLURS.values(), ids=BLURS.keys())
 every_operator = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -195,3 +226,157 @@ def test_a_batch_of_another_length_is_refused():
     A = MultiCoilMRI(torch.ones(3, 1, 1, 8, dtype=torch.bool), MAPS)
     with pytest.raises(ValueError, match=r"image must have shape \(3, 1, 6, 8\)"):
         A(torch.zeros(2, 1, 6, 8, dtype=torch.complex128))
+
+
+# Super-resolution
+
+@every_blur
+def test_the_data_step_is_the_minimum(case):
+    """The gradient of ||Ax - y||^2 + a ||x - z||^2 vanishes there, with a weight for each image."""
+    A, z, y = case()
+    weight = torch.linspace(0.01, 2, len(z), dtype=torch.float64).reshape(-1, 1, 1, 1)
+    x = A.proximal(z, y, weight)
+    gradient = A.adjoint(A(x) - y) + weight * (x - z)
+    assert gradient.norm() < 1e-10 * y.norm()
+
+
+@pytest.mark.parametrize("scale", (1, 2, 3, 4))
+def test_the_data_step_against_a_dense_solve(scale):
+    A, z, y = blur(1, 1, scale, (3, 2), (3, 2))
+    identity = torch.eye(z[0, 0].numel(), dtype=torch.float64).reshape(-1, 1, *z.shape[-2:])
+    matrix = A(identity).flatten(1).T
+    right = matrix.T @ y[0, 0].flatten() + 0.3 * z[0, 0].flatten()
+    expected = torch.linalg.solve(matrix.T @ matrix + 0.3 * torch.eye(len(right), dtype=torch.float64), right)
+    assert torch.allclose(A.proximal(z, y, 0.3)[0, 0].flatten(), expected, atol=1e-12)
+
+
+def published_solution(kernel: np.ndarray, z: np.ndarray, y: np.ndarray, scale: int, weight: float) -> np.ndarray:
+    """Equation 7 of Zhang, Van Gool and Timofte (CVPR 2020), in NumPy and as it is printed."""
+    (height, width), (rows, columns) = z.shape, kernel.shape
+    padded = np.zeros(z.shape)
+    padded[:rows, :columns] = kernel
+    K = np.fft.fft2(np.roll(padded, (-(rows // 2), -(columns // 2)), (0, 1)))
+    raised = np.zeros(z.shape)
+    raised[::scale, ::scale] = y
+    d = K.conj() * np.fft.fft2(raised) + weight * np.fft.fft2(z)
+    mean = lambda image: image.reshape(scale, height // scale, scale, width // scale).mean(axis=(0, 2))
+    quotient = mean(K * d) / (mean(np.abs(K) ** 2) + weight)
+    return np.fft.ifft2((d - K.conj() * np.tile(quotient, (scale, scale))) / weight).real
+
+
+@pytest.mark.parametrize("scale, kernel, small", ((1, (5, 5), (7, 8)), (2, (25, 25), (16, 21)), (3, (4, 7), (9, 5)), (4, (11, 3), (6, 6))))
+def test_the_data_step_is_equation_7_of_usrnet(scale, kernel, small):
+    A, z, y = blur(1, 1, scale, kernel, small)
+    expected = published_solution(A.kernel[0, 0].numpy(), z[0, 0].numpy(), y[0, 0].numpy(), scale, 0.05)
+    assert np.allclose(A.proximal(z, y, 0.05)[0, 0], expected, atol=1e-11)
+
+
+def test_the_data_step_in_single_precision_stays_exact_where_the_weight_is_small():
+    A, z, y = blur(1, 1, 3, (25, 25), (20, 17))
+    expected = A.proximal(z, y, 1e-4)
+    found = BlurDownsample(A.kernel.float(), 3).proximal(z.float(), y.float(), 1e-4)
+    assert found.dtype == torch.float32 and (found - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
+def test_the_data_step_is_differentiable():
+    A, z, y = blur(2, 2, 2, (3, 3), (2, 3))
+    weight = torch.tensor([0.5, 0.1], dtype=torch.float64).reshape(2, 1, 1, 1).requires_grad_()
+    assert torch.autograd.gradcheck(A.proximal, (z.requires_grad_(), y.requires_grad_(), weight))
+
+
+@every_blur
+def test_blur_is_scipys(case):
+    A, x, _ = case()
+    kernels = A.kernel.expand(len(x), -1, -1, -1)
+    expected = np.stack([[convolve(channel, kernel[0], mode="wrap") for channel in image] for image, kernel in zip(x.numpy(), kernels.numpy())])
+    assert np.allclose(A(x), expected[..., ::A.scale, ::A.scale], atol=1e-12)
+
+
+def test_the_published_kernels_do_not_turn_the_image_round(shared):
+    """The motion kernels are not symmetric: correlation in place of convolution would show."""
+    from scipy.io import loadmat
+    kernel = loadmat(shared / "kernels" / "kernels_12.mat")["kernels"][0, 8].astype(np.float64)
+    image = random_real(1, 1, 40, 50)
+    found = BlurDownsample(torch.from_numpy(kernel / kernel.sum()), 2)(image)[0, 0].numpy()
+    assert np.allclose(found, convolve(image[0, 0].numpy(), kernel / kernel.sum(), mode="wrap")[::2, ::2], atol=1e-12)
+    assert not np.allclose(found, convolve(image[0, 0].numpy(), kernel[::-1, ::-1], mode="wrap")[::2, ::2], atol=1e-2)
+
+
+def test_a_scale_of_one_and_a_point_change_nothing():
+    x = random_real(1, 3, 7, 6)
+    A = BlurDownsample(torch.ones(1, 1, dtype=torch.float64), 1)
+    assert torch.allclose(A(x), x, atol=1e-14) and torch.allclose(A.adjoint(x), x, atol=1e-14)
+    assert torch.equal(fold(x, 1), x)
+
+
+def test_the_transform_of_the_kernel_is_computed_once(monkeypatch):
+    A, x, y = blur(1, 1, 2, (3, 3), (4, 6))
+    calls = []
+    monkeypatch.setattr("spade.operators.kernel_spectrum", lambda *given: calls.append(given) or kernel_spectrum(*given))
+    for _ in range(3):
+        A(x), A.adjoint(y), A.proximal(x, y, 0.1), A.to("cpu").transfer((8, 12))
+    assert len(calls) == 1
+    A(random_real(1, 3, 8, 8))
+    assert len(calls) == 2
+    A.float()(x.float())
+    assert len(calls) == 3 and A.transfer((8, 12)).dtype == torch.complex64
+
+
+def test_what_was_computed_in_inference_serves_training():
+    A, x, y = blur(1, 1, 2, (3, 3), (4, 6))
+    with torch.inference_mode():
+        A(x)
+    image = x.clone().requires_grad_()
+    A.proximal(image, y, 0.1).sum().backward()
+    assert image.grad is not None
+
+
+def test_the_spectrum_is_no_part_of_the_state():
+    A, x, _ = blur(1, 1, 2, (3, 3), (4, 6))
+    A(x)
+    assert list(A.state_dict()) == ["kernel", "noise"] and not list(A.parameters())
+    assert A.to("meta")(x.to("meta")).shape == (1, 3, 4, 6)
+
+
+def test_half_precision_ends_at_the_operator():
+    A = BlurDownsample(torch.full((3, 3), 1 / 9), 2)
+    assert A(torch.ones(1, 3, 4, 4, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_noise_is_one_number_or_one_for_each_image():
+    kernel = torch.full((3, 3), 1 / 9)
+    assert BlurDownsample(kernel, 2, 0.1).noise.shape == (1, 1, 1, 1)
+    assert BlurDownsample(kernel, 2, torch.tensor([0.1, 0.2])).noise.flatten().tolist() == pytest.approx([0.1, 0.2])
+
+
+SQUARE = torch.full((3, 3), 1 / 9)
+
+
+@pytest.mark.parametrize("make, message", (
+    (lambda: BlurDownsample(2 * SQUARE, 2), "kernel must sum to one, found 2"),
+    (lambda: BlurDownsample(SQUARE * torch.nan, 2), "kernel must sum to one, found nan"),
+    (lambda: BlurDownsample(SQUARE[None], 2), r"kernel must have shape .* found \(1, 3, 3\)"),
+    (lambda: BlurDownsample(SQUARE, 0), "scale must be a whole number of at least 1, found 0"),
+    (lambda: BlurDownsample(SQUARE, -2), "scale must be a whole number of at least 1, found -2"),
+    (lambda: BlurDownsample(SQUARE, 2.5), "scale must be a whole number of at least 1, found 2.5"),
+    (lambda: BlurDownsample(SQUARE, 2, -0.1), "noise must be a standard deviation of at least 0, found -0.1"),
+    (lambda: BlurDownsample(SQUARE.expand(3, 1, 3, 3), 2, torch.ones(2)), "noise is for a batch of 2, but the kernels are for 3"),
+    (lambda: BlurDownsample(SQUARE, 2)(torch.ones(1, 3, 2, 8)), "kernel is 3×3, larger than the high-resolution image of 2×8"),
+    (lambda: BlurDownsample(SQUARE, 2).adjoint(torch.ones(1, 3, 1, 8)), "kernel is 3×3, larger than the high-resolution image of 2×16"),
+    (lambda: BlurDownsample(SQUARE, 3)(torch.ones(1, 3, 9, 8)), "image must have sides that are multiples of the scale 3, found 9×8"),
+    (lambda: BlurDownsample(SQUARE, 2)(torch.ones(3, 8, 8)), r"image must have shape .* found \(3, 8, 8\)"),
+    (lambda: BlurDownsample(SQUARE.expand(3, 1, 3, 3), 2)(torch.ones(2, 3, 8, 8)), r"image must have shape \(3, any, any, any\)"),
+    (lambda: BlurDownsample(SQUARE, 2).proximal(torch.ones(1, 3, 9, 8), torch.ones(1, 3, 4, 4), 1.0), r"image must have shape \(1, 3, 8, 8\)"),
+))
+def test_super_resolution_that_does_not_fit_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("make, message", (
+    (lambda: BlurDownsample(SQUARE.to(torch.complex64), 2), "kernel must be real floating point"),
+    (lambda: BlurDownsample(SQUARE, 2)(torch.ones(1, 3, 8, 8, dtype=torch.complex64)), "image must be real floating point"),
+))
+def test_complex_super_resolution_is_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()

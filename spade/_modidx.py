@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'spade.data.MultiCoilSlices.__getitem__': ('data.html#multicoilslices.__getitem__', 'spade/data.py'),
                             'spade.data.MultiCoilSlices.__init__': ('data.html#multicoilslices.__init__', 'spade/data.py'),
                             'spade.data.MultiCoilSlices.__len__': ('data.html#multicoilslices.__len__', 'spade/data.py'),
+                            'spade.data.MultiCoilSlices.bucket': ('data.html#multicoilslices.bucket', 'spade/data.py'),
                             'spade.data.MultiCoilSlices.mask': ('data.html#multicoilslices.mask', 'spade/data.py'),
                             'spade.data.MultiCoilSlices.measurement': ('data.html#multicoilslices.measurement', 'spade/data.py'),
                             'spade.data.MultiCoilSlices.measurements': ('data.html#multicoilslices.measurements', 'spade/data.py'),

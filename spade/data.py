@@ -233,6 +233,10 @@ class MultiCoilSlices(Dataset):
         volume, _ = self.index[i]
         return volume.coils, volume.height, volume.columns
 
+    def bucket(self, i: int) -> tuple[int, ...]:
+        "What slices of one batch must agree in: shape, and whether there is a reference (none with a file's own mask)."
+        return *self.shape(i), int(self.index[i][0].has_mask)
+
     def mask(self, volume: Volume) -> Tensor:
         "The columns measured, bool `(W,)`, or `(H, W)` from the file: the file's own mask, or one drawn from the seed."
         return file_mask(volume) if volume.has_mask else subject_mask(volume, self.seed, **self.sampling)
@@ -288,9 +292,9 @@ def split_subjects(files: Sequence[str | Path], counts: Sequence[int] = (145, 10
 # %% ../nbs/05_data.ipynb #c069
 class Batch(NamedTuple):
     "What a network is trained on: `model(batch.y, batch.A)` shall be `batch.x`."
-    y: Tensor             # complex64 `(B, coils, H, W)`, zero where nothing was measured
-    A: nn.Module          # `MultiCoilMRI` of these measurements
-    x: Tensor | None      # complex64 `(B, 1, H, W)`, or None without ground truth
+    y: Tensor             # MRI: complex64 `(B, coils, H, W)`, zero where nothing was measured; photographs: float32 `(B, 3, h, w)`
+    A: nn.Module          # `MultiCoilMRI` or `BlurDownsample` of these measurements
+    x: Tensor | None      # complex64 `(B, 1, H, W)` or float32 `(B, 3, H, W)`, or None without ground truth
     info: dict[str, list] # file, subject, slice, scale of each
 
 # %% ../nbs/05_data.ipynb #c071
@@ -302,7 +306,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
 
 # %% ../nbs/05_data.ipynb #c074
 class BucketSampler(Sampler[list[int]]):
-    "Batches of slices of equal coil count and matrix size, in an order drawn from seed and epoch."
+    "Batches of items of one bucket (for MRI: of equal coil count and matrix size), in an order drawn from seed and epoch."
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], batch_size: int, shuffle: bool = False, seed: int = 0):
         if batch_size < 1:
@@ -326,8 +330,19 @@ class BucketSampler(Sampler[list[int]]):
         return sum(-(-self.shapes.count(shape) // self.batch_size) for shape in set(self.shapes))
 
 # %% ../nbs/05_data.ipynb #c079
-def loader(dataset: MultiCoilSlices, batch_size: int = 1, shuffle: bool = False, seed: int = 0, num_workers: int = 0) -> DataLoader:
-    "Batches of a dataset; `loader.batch_sampler.set_epoch(epoch)` changes the order."
-    shapes = [(*dataset.shape(i), dataset.index[i][0].has_mask) for i in range(len(dataset))] # with and without reference: apart
-    sampler = BucketSampler(shapes, batch_size, shuffle, seed)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
+MultiCoilSlices.collate = staticmethod(collate)
+
+
+def loader(
+    dataset: Dataset,      # with `bucket(i)` and `collate(items)`, as those of this project have
+    batch_size: int = 1,
+    shuffle: bool = False,
+    seed: int = 0,         # of the order
+    num_workers: int = 0,
+) -> DataLoader:
+    "Batches of a dataset; `loader.batch_sampler.set_epoch(epoch)` changes the order. Raises `TypeError` for a dataset without the two."
+    missing = [f"{name}()" for name in ("bucket", "collate") if not callable(getattr(dataset, name, None))]
+    if missing:
+        raise TypeError(f"{type(dataset).__name__} has no {' and no '.join(missing)}: expected a dataset such as MultiCoilSlices or Photographs.")
+    buckets = [dataset.bucket(i) for i in range(len(dataset))]
+    return DataLoader(dataset, batch_sampler=BucketSampler(buckets, batch_size, shuffle, seed), collate_fn=dataset.collate, num_workers=num_workers)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Loss', 'LOSSES', 'STRATEGIES', 'as_real', 'smooth_l1', 'squared_error', 'l1', 'window_mean', 'ssim_map', 'ssim_loss',
            'ssim_l1_loss', 'default_loss', 'supervised_loss', 'school_loss', 'data_fidelity', 'rotate', 'rotate_right',
-           'draw_rotation', 'model_operator', 'equivariance', 'self_supervised_loss', 'Strategy', 'Supervised',
-           'weights_key', 'School', 'SelfSupervised', 'make_strategy']
+           'draw_quarters', 'mirror', 'draw_rotation', 'model_operator', 'equivariance', 'self_supervised_loss',
+           'Strategy', 'Supervised', 'weights_key', 'School', 'SelfSupervised', 'make_strategy']
 
 # %% ../nbs/21_losses.ipynb #c003
 import copy
@@ -76,8 +76,9 @@ LOSSES: dict[str, Loss] = {"smooth_l1": smooth_l1, "ssim": ssim_loss, "ssim+l1":
 
 # %% ../nbs/21_losses.ipynb #c041
 def default_loss(model: nn.Module) -> Loss:
-    "The loss that the authors used for this network: SSIM for the two VarNets, smooth l1 for DEQ (and for any other)."
-    return ssim_loss if {"VarNet", "E2EVarNet"} & {c.__name__ for c in type(model).__mro__} else smooth_l1
+    "The loss that the authors used for this network: SSIM for the two VarNets, l1 for USRNet, smooth l1 for DEQ (and for any other)."
+    names = {c.__name__ for c in type(model).__mro__}
+    return ssim_loss if {"VarNet", "E2EVarNet"} & names else l1 if "USRNet" in names else smooth_l1
 
 # %% ../nbs/21_losses.ipynb #c045
 def supervised_loss(model: nn.Module, y: Tensor, A: nn.Module, x: Tensor, loss: Loss) -> Tensor:
@@ -91,7 +92,7 @@ def school_loss(model: nn.Module, y: Tensor, A: nn.Module, x_teacher: Tensor, lo
 
 # %% ../nbs/21_losses.ipynb #c053
 def data_fidelity(x_hat: Tensor, y: Tensor, A: nn.Module) -> Tensor:
-    "First term of eq. 9: l1 distance in k-space, averaged over the *measured* points only."
+    "First term of eq. 9: l1 distance of the measurements (k-space: averaged over the *measured* points only)."
     mask = getattr(A, "mask", None)
     num_measured = y.numel() if mask is None else int(mask.expand(y.shape).sum())
     return as_real(A(x_hat) - y).abs().sum() / (num_measured * (2 if y.is_complex() else 1))
@@ -115,16 +116,37 @@ def rotate_right(x: Tensor, quarters: Tensor) -> Tensor:
     return torch.stack([torch.rot90(image, int(k), dims=(-2, -1)) for image, k in zip(x, quarters)])
 
 # %% ../nbs/21_losses.ipynb #c067
-def draw_rotation(kind: str, x: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    "φ ~ Φ: one random rotation per image of `x`; `kind` is \"any\" or \"right\"."
-    batch, (height, width) = len(x), x.shape[-2:]
-    if kind == "any":
-        degrees = 360 * torch.rand(batch, generator=generator)
-        return lambda image: rotate(image, degrees.to(image.device))
-    quarters = torch.randint(1, 4, (batch,), generator=generator) if height == width else torch.full((batch,), 2)
-    return lambda image: rotate_right(image, quarters)
+def draw_quarters(x: Tensor, generator: torch.Generator) -> Tensor:
+    "One to three quarter turns for each image of (B, C, H, W), as far as its shape allows."
+    if x.shape[-2] == x.shape[-1]:
+        return torch.randint(1, 4, (len(x),), generator=generator)
+    return torch.full((len(x),), 2) if x.is_complex() else torch.randint(1, 4, (1,), generator=generator).expand(len(x))
+
+# %% ../nbs/21_losses.ipynb #c070
+def mirror(x: Tensor, mirrored: Tensor) -> Tensor:
+    "Flip those images of (B, C, H, W), left to right, for which `mirrored` (B,) is true."
+    return torch.where(mirrored.reshape(-1, 1, 1, 1).to(x.device), x.flip(-1), x)
 
 # %% ../nbs/21_losses.ipynb #c073
+def draw_rotation(
+    kind: str,                   # "any" angle or "right" ones
+    x: Tensor,                   # (B, C, H, W), the images that will be turned
+    generator: torch.Generator,  # decides
+    flips: bool = False,         # whether half of the images are mirrored first
+) -> Callable[[Tensor], Tensor]:
+    "φ ~ Φ: one random rotation, or reflection, per image of `x`."
+    if kind == "any":
+        degrees = 360 * torch.rand(len(x), generator=generator)
+        turn = lambda image: rotate(image, degrees.to(image.device))
+    else:
+        quarters = draw_quarters(x, generator)
+        turn = lambda image: rotate_right(image, quarters)
+    if not flips:
+        return turn
+    mirrored = torch.rand(len(x), generator=generator) < 0.5
+    return lambda image: turn(mirror(image, mirrored))
+
+# %% ../nbs/21_losses.ipynb #c079
 def model_operator(model: nn.Module, y: Tensor, A: nn.Module) -> nn.Module:
     "The operator that the network itself believes in: E2E-VarNet's has the maps that it estimated; others use `A`."
     if not callable(getattr(model, "operator", None)):
@@ -132,7 +154,7 @@ def model_operator(model: nn.Module, y: Tensor, A: nn.Module) -> nn.Module:
     with torch.no_grad():  # the loss judges the image; it must not be lowered by bending the physics
         return model.operator(y, A)
 
-# %% ../nbs/21_losses.ipynb #c077
+# %% ../nbs/21_losses.ipynb #c083
 def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callable[[Tensor], Tensor], loss: Loss = squared_error,
                  rotate_maps: bool = False, detach: bool = False) -> Tensor:
     "Second term of eq. 9: turn the reconstruction, measure it, reconstruct again; the same turned image should come out."
@@ -142,26 +164,27 @@ def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callab
     A_phi = A.transformed(rotation) if rotate_maps else A
     return loss(model(A_phi(x_phi), A_phi), x_phi)
 
-# %% ../nbs/21_losses.ipynb #c083
+# %% ../nbs/21_losses.ipynb #c089
 def self_supervised_loss(
     model: nn.Module,
-    y: Tensor,  # complex (B, coils, H, W)
+    y: Tensor,  # complex (B, coils, H, W), or a photograph's, (B, 3, h, w)
     A: nn.Module,
     generator: torch.Generator,  # decides the rotation
     rotations: str = "any",  # or "right"
     rotate_maps: bool = False,
     weight: float = 1.0,  # of the equivariant term; the paper has none
     detach: bool = False,
+    flips: bool | None = None,  # None: for real images, photographs, only
 ) -> Tensor:
     "Eq. 9: data fidelity plus `weight` times equivariance. No ground truth, no teacher."
     A_model, x_hat = model_operator(model, y, A), model(y, A)
     loss = data_fidelity(x_hat, y, A_model)
     if not weight:
         return loss
-    rotation = draw_rotation(rotations, x_hat, generator)
+    rotation = draw_rotation(rotations, x_hat, generator, not x_hat.is_complex() if flips is None else flips)
     return loss + weight * equivariance(model, x_hat, A_model, rotation, rotate_maps=rotate_maps, detach=detach)
 
-# %% ../nbs/21_losses.ipynb #c089
+# %% ../nbs/21_losses.ipynb #c095
 class Strategy:
     "What the training loop asks: `strategy(model, batch, generator)` is the loss of one batch."
     name = ""
@@ -178,7 +201,7 @@ class Strategy:
         "Move whatever the strategy computes with."
         return self
 
-# %% ../nbs/21_losses.ipynb #c091
+# %% ../nbs/21_losses.ipynb #c097
 class Supervised(Strategy):
     "Eq. 7; the only strategy that reads the ground truth."
     name, needs_ground_truth = "supervised", True
@@ -195,13 +218,13 @@ class Supervised(Strategy):
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, "loss": self.loss.__name__}
 
-# %% ../nbs/21_losses.ipynb #c093
+# %% ../nbs/21_losses.ipynb #c099
 def weights_key(weights: nn.Module | dict[str, Tensor]) -> str:
     "Sixteen hexadecimal digits that change when any weight, name or width of a model, or of its state dict, does."
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     return content_key(*(part for name in sorted(state) for part in (name, state[name])))
 
-# %% ../nbs/21_losses.ipynb #c097
+# %% ../nbs/21_losses.ipynb #c103
 class School(Strategy):
     "Eq. 8; keeps a frozen copy of the teacher and remembers its answers."
     name = "school"
@@ -212,7 +235,7 @@ class School(Strategy):
 
     def answer(self, y: Tensor, A: nn.Module) -> Tensor:
         "The teacher's reconstruction; a batch seen before is not reconstructed again."
-        key = content_key(y, *A.state_dict().values())
+        key = content_key(y, getattr(A, "scale", 1), *A.state_dict().values())  # a scale is no buffer
         if key in self.answers:
             return self.answers[key]
         with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
@@ -233,15 +256,17 @@ class School(Strategy):
         self.answers.clear()
         return self
 
-# %% ../nbs/21_losses.ipynb #c099
+# %% ../nbs/21_losses.ipynb #c105
 class SelfSupervised(Strategy):
     "Eq. 9; sees measurements only."
     name = "self-supervised"
 
-    def __init__(self, rotations: str = "any", rotate_maps: bool = False, weight: float = 1.0, detach: bool = False):
+    def __init__(self, rotations: str = "any", rotate_maps: bool = False, weight: float = 1.0, detach: bool = False, flips: bool | None = None):
         if rotations not in ("any", "right"):
             raise ValueError(f"rotations is {rotations!r}, expected 'any' or 'right'")
         self.choices = {"rotations": rotations, "rotate_maps": rotate_maps, "weight": weight, "detach": detach}
+        if flips is not None:  # None: photographs are mirrored, heads are not
+            self.choices["flips"] = flips
 
     def __call__(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
         return self_supervised_loss(model, batch.y, batch.A, generator, **self.choices)
@@ -249,7 +274,7 @@ class SelfSupervised(Strategy):
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, **self.choices}
 
-# %% ../nbs/21_losses.ipynb #c101
+# %% ../nbs/21_losses.ipynb #c107
 STRATEGIES = ("supervised", "school", "self-supervised")
 
 def make_strategy(name: str, teacher: nn.Module | None = None, loss: Loss | str = smooth_l1, **settings) -> Strategy:

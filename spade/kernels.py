@@ -158,7 +158,7 @@ def load_cells(path: Path) -> Sequence:
         raise FileNotFoundError(f"{path} does not exist; expected a MATLAB file of blur kernels such as kernels_12.mat.")
     try:
         content = loadmat(path)
-    except (ValueError, OSError, NotImplementedError, TypeError, EOFError) as error:
+    except Exception as error:  # SciPy raises many kinds, none of which names the file
         raise ValueError(f"{path} is not a readable MATLAB file (versions 4 to 7.2): {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if "kernels" not in content:
         names = ", ".join(name for name in content if not name.startswith("__")) or "nothing"
@@ -176,7 +176,7 @@ def read_kernels(
         if getattr(cell, "ndim", 0) != 2 or cell.dtype.kind not in "fiu":
             raise ValueError(f"kernel {number} of {path} is not a matrix of real numbers.")
         kernel = torch.from_numpy(cell.astype("float64"))
-        if not abs(kernel.sum().item() - 1) < 1e-4:
+        if not abs(kernel.sum().item() - 1) < 1e-2:  # the remaining per mille is rounding, and is taken out
             raise ValueError(f"kernel {number} of {path} sums to {kernel.sum().item():.4g}; expected one.")
         found.append((kernel / kernel.sum()).float())
     if not found or len({kernel.shape for kernel in found}) > 1:

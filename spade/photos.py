@@ -115,7 +115,7 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
 def check_room(path: Path, found: tuple[int, int], needed: tuple[int, int], what: str) -> None:
     "Refuse a photograph that is smaller than what shall fit into it."
     if found[0] < needed[0] or found[1] < needed[1]:
-        raise ValueError(f"{path} has {found[0]}×{found[1]} pixels, smaller than the {what} of {needed[0]}×{needed[1]}.")
+        raise ValueError(f"{path} has {found[0]}×{found[1]} pixels, smaller than the {needed[0]}×{needed[1]} of the {what}.")
 
 # %% ../nbs/09_photos.ipynb #c023
 def measure(
@@ -177,7 +177,7 @@ class Photographs(Dataset):
             check_room(path, found, (self.tile, self.tile), "tile")
             found = self.tile, self.tile
         needed = tuple(side + max(self.scales) - 1 for side in self.kernels.shape[-2:])  # still as large as the kernel when cropped
-        check_room(path, found, needed, "kernel and scale need")
+        check_room(path, found, needed, f"kernel and a block of ×{max(self.scales)}")
         return found
 
     def __len__(self) -> int:

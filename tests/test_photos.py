@@ -1,0 +1,279 @@
+"""Photographs: every kind of file, measurements that agree with their operator, crops that are functions of (seed, i)."""
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import convolve
+
+import spade.kernels
+from spade.data import loader
+from spade.photos import (MeasurementCrops, PhotoCrops, Photographs, collate, embedded_photos, find_photos, measure, photo_size, read_photo)
+
+KERNELS = spade.kernels.test_kernels(size=9)
+
+
+def picture(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+@pytest.fixture()
+def folder(tmp_path) -> Path:
+    for number, (height, width) in enumerate(((40, 50), (50, 40), (40, 50), (41, 53))):
+        Image.fromarray(picture(height, width, number)).save(tmp_path / f"photo{number}.png")
+    return tmp_path
+
+
+# Files
+
+def test_rgb_is_its_pixels(tmp_path):
+    pixels = picture(7, 9)
+    for name in ("a.png", "a.bmp", "a.tif"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        photo = read_photo(tmp_path / name)
+        assert photo.dtype == torch.float32 and photo.is_contiguous() and photo_size(tmp_path / name) == (7, 9)
+        assert np.array_equal((photo * 255).round().permute(1, 2, 0).numpy(), pixels)
+
+
+@pytest.mark.parametrize("mode, suffix", (("L", "png"), ("1", "png"), ("P", "png"), ("LA", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("CMYK", "tif"), ("L", "jpg"), ("YCbCr", "jpg")))
+def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
+    Image.new("RGB", (12, 10), (255, 255, 255)).convert(mode).save(tmp_path / f"a.{suffix}")
+    photo = read_photo(tmp_path / f"a.{suffix}")
+    assert photo.shape == (3, 10, 12) and photo.min() > 0.98
+
+
+def test_sixteen_bits_keep_their_levels(tmp_path):
+    levels = np.arange(0, 65536, 257 * 5 + 1, dtype=np.uint16).reshape(1, -1).repeat(3, 0)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(levels).save(tmp_path / name)
+        assert np.allclose(read_photo(tmp_path / name)[1].numpy(), levels / 65535, atol=1e-6)
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    pixels = np.concatenate([picture(6, 6), np.full((6, 6, 1), 255, np.uint8)], -1)
+    pixels[0, 0], pixels[0, 1] = (10, 20, 30, 0), (0, 0, 0, 102)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    photo = read_photo(tmp_path / "a.png")
+    assert photo[:, 0, 0].tolist() == [1, 1, 1] and photo[:, 0, 1].tolist() == pytest.approx([0.6] * 3, abs=0.004)
+    assert np.array_equal((photo * 255).round().permute(1, 2, 0).numpy()[1:], pixels[1:, :, :3])
+
+
+@pytest.mark.parametrize("suffix", ("png", "jpg", "bmp", "tif", "webp"))
+def test_a_file_cut_short_is_named(tmp_path, suffix):
+    Image.fromarray(picture(60, 60)).save(tmp_path / f"whole.{suffix}")
+    content = (tmp_path / f"whole.{suffix}").read_bytes()
+    for length in (0, 3, 20, len(content) // 2):
+        (tmp_path / f"cut.{suffix}").write_bytes(content[:length])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore") # Pillow warns of a TIFF's missing end before it raises
+            with pytest.raises(ValueError, match=f"cut.{suffix}"):
+                read_photo(tmp_path / f"cut.{suffix}")
+
+
+def test_a_broken_checksum_is_named(tmp_path):
+    Image.fromarray(picture(60, 60)).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match="a.png is damaged"):
+        read_photo(tmp_path / "a.png")
+
+
+def test_values_without_a_white_are_refused(tmp_path):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((8, 8), 70000, np.int32)).save(tmp_path / "wide.tif")
+    for name, word in (("float.tif", "floating-point"), ("wide.tif", "32-bit")):
+        with pytest.raises(ValueError, match=f"{name} holds {word} values"):
+            read_photo(tmp_path / name)
+
+
+def test_folders(folder):
+    (folder / "notes.txt").write_text("x")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "sub.png").mkdir()
+    assert [path.name for path in find_photos(folder)] == [f"photo{number}.png" for number in range(4)]
+    for bad, message in ((folder / "absent", "does not exist"), (folder / "notes.txt", "is a file"), (folder / "sub.png", "holds no image")):
+        with pytest.raises(FileNotFoundError, match=message):
+            find_photos(bad)
+    with pytest.raises(FileNotFoundError, match="absent.png does not exist"):
+        read_photo(folder / "absent.png")
+
+
+def test_embedded_photographs_are_in_the_wheel_and_apart():
+    from importlib.metadata import files
+    shipped = {os.path.realpath(path.locate()) for path in files("scikit-image")}
+    parts = embedded_photos()
+    assert list(parts) == ["train", "test"] and not set(parts["train"]) & set(parts["test"])
+    assert all(os.path.realpath(path) in shipped for paths in parts.values() for path in paths)
+    assert not any("motorcycle" in path.name for path in parts["test"]) # a stereo pair, both of it in training
+    assert all(read_photo(path).std(dim=0).max() > 0.05 for paths in parts.values() for path in paths) # colour
+
+
+# Photographs
+
+@pytest.mark.parametrize("scale", (1, 2, 3, 4))
+def test_a_measurement_is_scipys_and_the_operators(folder, scale):
+    data = Photographs(find_photos(folder), (scale,), KERNELS[8:11])
+    for i in range(len(data)):
+        item = data[i]
+        kernel = KERNELS[8 + item["slice"]].numpy()
+        expected = np.stack([convolve(channel, kernel, mode="wrap")[::scale, ::scale] for channel in item["x"].numpy()])
+        assert np.allclose(item["y"], expected, atol=1e-5) and item["y"].shape == data.shape(i)
+        batch = collate([item])
+        assert torch.allclose(batch.A(batch.x), batch.y, atol=1e-6) and batch.A.scale == scale
+
+
+def test_pairing_scales_and_limit(folder):
+    files = find_photos(folder)
+    turn = Photographs(files, (2, 3), KERNELS[:3])
+    assert [(item["subject"], item["slice"], item["scale"]) for item in turn] == [(f"photo{i}", i % 3, s) for s in (2, 3) for i in range(4)]
+    assert len(Photographs(files, (2, 3), KERNELS, pairing="all")) == 4 * 2 * 12
+    assert len(Photographs(files, (2,), KERNELS, pairing="all", limit=2)) == 24
+    assert Photographs(files).kernels.shape == (12, 25, 25)
+
+
+def test_references_are_the_photographs(folder):
+    files = find_photos(folder)
+    item = Photographs(files, (4,), KERNELS)[3] # 41 × 53
+    assert item["x"].shape == (3, 40, 52) and torch.equal(item["x"], read_photo(files[3])[:, :40, :52]) and item["file"] == "photo3.png"
+    tile = Photographs(files, (2,), KERNELS, tile=20)[3]
+    assert torch.equal(tile["x"], read_photo(files[3])[:, 10:30, 16:36])
+
+
+def test_noise_belongs_to_the_measurement(folder):
+    files = find_photos(folder)
+    clean, noisy = Photographs(files, (2,), KERNELS), Photographs(files, (2,), KERNELS, noise=0.1)
+    assert (noisy[1]["y"] - clean[1]["y"]).std() == pytest.approx(0.1, rel=0.1)
+    assert torch.equal(noisy[1]["y"], Photographs(files, (3, 2), KERNELS, noise=0.1)[5]["y"]) # whatever else is measured
+    assert not torch.equal(noisy[1]["y"], Photographs(files, (2,), KERNELS, noise=0.1, seed=1)[1]["y"])
+    assert collate([noisy[0], noisy[2]]).A.noise.flatten().tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_measurements_never_hold_a_reference(folder):
+    data = Photographs(find_photos(folder), (2,), KERNELS)
+    blind = data.measurements()
+    assert "x" in data[0] and "x" not in blind[0] and torch.equal(blind[0]["y"], data[0]["y"]) and collate([blind[0]]).x is None
+    assert "x" not in Photographs(find_photos(folder), (2,), KERNELS, ground_truth=False)[0]
+
+
+def test_batches_share_scale_and_shape(folder):
+    data = Photographs(find_photos(folder), (2, 3), KERNELS, pairing="all")
+    batches = list(loader(data, batch_size=5, shuffle=True, seed=1))
+    assert sorted(zip(*[sum((b.info[n] for b in batches), []) for n in ("scale", "subject", "slice")])) == sorted((s, f"photo{i}", k) for s in (2, 3) for i in range(4) for k in range(12))
+    for batch in batches:
+        assert set(batch.info["scale"]) == {batch.A.scale} and len(batch.A.kernel) == len(batch.y)
+        assert torch.allclose(batch.A(batch.x), batch.y, atol=1e-6)
+    with pytest.raises(ValueError, match="a batch must have one scale, found 2, 3"):
+        collate([data[0], data[len(data) - 1]])
+
+
+def test_workers_change_nothing(folder):
+    data = Photographs(find_photos(folder), (2,), KERNELS, noise=0.01)
+    for one, other in zip(loader(data, 2), loader(data, 2, num_workers=1), strict=True):
+        assert torch.equal(one.y, other.y) and torch.equal(one.A.kernel, other.A.kernel) and one.info == other.info
+
+
+@pytest.mark.parametrize("make, error, message", (
+    (lambda files: Photographs(files[0]), TypeError, "files must be a list of image files"),
+    (lambda files: Photographs([]), ValueError, "at least one image file"),
+    (lambda files: Photographs(files, (2,), spade.kernels.test_kernels(size=51)), ValueError, "photo0.png has 40×50 pixels, smaller than"),
+    (lambda files: Photographs(files, tile=45), ValueError, "photo0.png has 40×50 pixels, smaller than the 45×45 of the tile"),
+    (lambda files: Photographs(files, tile=20), ValueError, "photo0.png has 20×20 pixels, smaller than"),
+    (lambda files: Photographs(files, (0,)), ValueError, "scales must be whole numbers of at least 1"),
+    (lambda files: Photographs(files, ()), ValueError, "scales must be whole numbers of at least 1"),
+    (lambda files: Photographs(files, pairing="some"), ValueError, "pairing must be 'turn' or 'all', found 'some'"),
+    (lambda files: Photographs(files, noise=-1), ValueError, "noise must be a standard deviation"),
+    (lambda files: Photographs(files, limit=0), ValueError, "limit must be at least 1"),
+    (lambda files: Photographs(files, (2,), 2 * KERNELS), ValueError, "kernel must sum to one"),
+    (lambda files: PhotoCrops(files, 4, crop=48), ValueError, "photo0.png has 40×50 pixels, smaller than the 48×48 of the crop"),
+    (lambda files: PhotoCrops(files, 4, crop=26), ValueError, "crop of 26 pixels leaves 24 at the largest scale, smaller than the kernel of 25"),
+    (lambda files: PhotoCrops(files, 0, crop=32), ValueError, "length must be at least 1 item"),
+    (lambda files: PhotoCrops(files, 4, crop=32, noise=(0.2, 0.1)), ValueError, "noise must be a range"),
+    (lambda files: MeasurementCrops(Photographs(files, (2,), KERNELS), 4, crop=48), ValueError, "photo0.png has 40×50 pixels, smaller than the 48×48 of the crop"),
+    (lambda files: MeasurementCrops(Photographs(files, (2,), KERNELS), 4, crop=8), ValueError, "smaller than the kernel of 9"),
+))
+def test_settings_that_are_refused(folder, make, error, message):
+    with pytest.raises(error, match=message):
+        make(find_photos(folder))
+
+
+def test_a_damaged_file_stops_before_training(folder):
+    (folder / "photo2.png").write_text("no image")
+    for make in (lambda files: Photographs(files, (2,), KERNELS), lambda files: PhotoCrops(files, 4, crop=32)):
+        with pytest.raises(ValueError, match="photo2.png is not a readable image"):
+            make(find_photos(folder))
+
+
+# Crops
+
+def test_photo_crops_are_functions_of_seed_and_number(folder):
+    files = find_photos(folder)
+    forward, backward = PhotoCrops(files, 40, crop=36), PhotoCrops(files, 40, crop=36, remember=0)
+    items = [forward[i] for i in range(40)]
+    for i in reversed(range(40)):
+        again = backward[i]
+        assert torch.equal(again["y"], items[i]["y"]) and torch.equal(again["x"], items[i]["x"]) and again["noise"] == items[i]["noise"]
+        assert items[i]["y"].shape == forward.shape(i) and forward.bucket(i)[0] == items[i]["scale"] == (1, 2, 3, 4)[i % 4]
+    assert len({item["noise"] for item in items}) == 40 and {item["subject"] for item in items} == {f"photo{n}" for n in range(4)}
+    assert not torch.equal(PhotoCrops(files, 40, crop=36, seed=1)[0]["x"], items[0]["x"])
+    with pytest.raises(IndexError):
+        forward[40]
+
+
+def test_photo_crops_agree_with_their_operator(folder):
+    for batch in loader(PhotoCrops(find_photos(folder), 16, crop=36, noise=0.0, kernels=KERNELS), batch_size=3):
+        assert torch.allclose(batch.A(batch.x), batch.y, atol=1e-6) and batch.x.min() >= 0 and batch.x.max() <= 1
+        assert all(any(torch.equal(kernel[0], known) for known in KERNELS) for kernel in batch.A.kernel)
+
+
+def test_crops_take_every_orientation(tmp_path):
+    Image.fromarray(picture(32, 32)).save(tmp_path / "a.png")
+    crops = PhotoCrops([tmp_path / "a.png"], 100, crop=32, scales=(1,), kernels=KERNELS)
+    assert len({crops[i]["x"].numpy().tobytes() for i in range(100)}) == 8
+
+
+def test_measurement_crops_are_parts_of_measurements(folder):
+    data = Photographs(find_photos(folder), (2, 3), KERNELS, noise=0.01)
+    crops = MeasurementCrops(data, 32, crop=20)
+    for i in range(32):
+        item, whole = crops[i], data[i % 8]["y"]
+        side = 20 // item["scale"]
+        windows = whole.unfold(1, side, 1).unfold(2, side, 1)
+        assert "x" not in item and item["y"].shape == crops.shape(i) == (3, side, side)
+        assert (windows == item["y"][:, None, None]).all(dim=-1).all(dim=-1).all(dim=0).any()
+    assert torch.equal(crops[9]["y"], MeasurementCrops(data, 32, crop=20, remember=0)[9]["y"])
+    assert len({crops[i]["y"].numpy().tobytes() for i in range(0, 32, 8)}) > 1 and crops.measurements() is crops
+
+
+def test_training_accepts_the_three(folder):
+    from spade.training import Settings, as_loader
+    files = find_photos(folder)
+    for data in (Photographs(files, (2,), KERNELS), PhotoCrops(files, 4, crop=36), MeasurementCrops(Photographs(files, (2,), KERNELS), 4, crop=20)):
+        assert next(iter(as_loader(data, Settings(steps=1)))).y.shape[1] == 3
+
+
+def test_measuring_leaves_the_global_generator_alone(folder):
+    state = torch.get_rng_state()
+    PhotoCrops(find_photos(folder), 4, crop=36)[1], Photographs(find_photos(folder), (2,), KERNELS, noise=0.1)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert measure(torch.ones(3, 18, 18), KERNELS[0], 2, 0.0, torch.Generator()).sub(1).abs().max() < 1e-5
+
+
+# Real photographs
+
+@pytest.mark.parametrize("name, count", (("CBSD68", 68), ("Set5", 5), ("BSDS500_train", 200), ("BSDS500_test", 200)))
+def test_the_folders_by_name(shared, name, count):
+    files = find_photos(shared / "natural" / name)
+    assert len(files) == count and read_photo(files[-1]).shape[0] == 3
+
+
+def test_cbsd68_with_the_published_kernels(shared):
+    kernels = spade.kernels.read_kernels(shared / "kernels" / "kernels_12.mat")
+    data = Photographs(find_photos(shared / "natural" / "CBSD68"), (2, 3, 4), kernels)
+    assert len(data) == 3 * 68 and {data.bucket(i)[0] for i in range(len(data))} == {2, 3, 4}
+    item = data[20]
+    expected = np.stack([convolve(channel, kernels[8].numpy(), mode="wrap")[::2, ::2] for channel in item["x"].numpy()])
+    assert item["slice"] == 8 and item["x"].shape[-2:] in ((480, 320), (320, 480)) and np.allclose(item["y"], expected, atol=1e-5)

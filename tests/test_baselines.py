@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from spade.baselines import cg_sense, sweep_cg_sense, tune_cg_sense, zero_filled
+from spade.baselines import bicubic, cg_sense, sweep_cg_sense, tune_cg_sense, zero_filled
 from spade.data import Batch
-from spade.operators import MultiCoilMRI, normalize_maps
+from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
 
 
 def problem(batch: int = 1, coils: int = 4, size=(6, 8), noise: float = 0.0) -> Batch:
@@ -63,3 +63,32 @@ def test_settings_that_are_refused(settings, sentence):
 def test_no_validation_data():
     with pytest.raises(ValueError, match="without validation data"):
         tune_cg_sense([])
+
+
+# Super-resolution
+
+def cubic(t: float) -> float:
+    "Keys' interpolation kernel with a = -3/4, PyTorch's."
+    t, a = abs(t), -0.75
+    return (a + 2) * t**3 - (a + 3) * t**2 + 1 if t < 1 else a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+def test_bicubic_is_keys_interpolation_at_the_places_of_the_samples(scale):
+    y = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = []
+    for n in (5, 7):
+        matrix = torch.zeros(n * scale, n, dtype=torch.float64)
+        for p in range(n * scale):
+            for i in range(-3, n + 3):
+                matrix[p, min(max(i, 0), n - 1)] += cubic(p / scale - i)
+        weights.append(matrix)
+    expected = weights[0] @ y @ weights[1].T
+    found = bicubic(y, BlurDownsample(torch.ones(1, 1), scale))
+    assert found.dtype == torch.float64 and torch.allclose(found, expected, atol=1e-9)
+
+
+def test_bicubic_needs_a_scale():
+    y, A, *_ = problem()
+    with pytest.raises(TypeError, match="needs an operator with a scale, such as BlurDownsample; found MultiCoilMRI"):
+        bicubic(y, A)

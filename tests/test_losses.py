@@ -11,7 +11,7 @@ from torch import nn
 from spade.losses import (STRATEGIES, data_fidelity, default_loss, draw_rotation, equivariance, l1, make_strategy, rotate, rotate_right, self_supervised_loss,
                           smooth_l1, squared_error, ssim_loss)
 from spade.models import DEQ, E2EVarNet, VarNet
-from spade.operators import MultiCoilMRI, normalize_maps
+from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
 from spade.training import train
 
 
@@ -228,3 +228,79 @@ def test_bad_choices():
         make_strategy("self-supervised", rotations="left")
     with pytest.raises(TypeError, match="needs an operator with transformed"):
         equivariance(Image(make_batch().x), make_batch().x, nn.Identity(), lambda t: t, rotate_maps=True)
+
+
+# Photographs
+
+class Enlarge(nn.Module):
+    """A network for photographs: one weight times the adjoint."""
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, y, A):
+        return self.weight * A.adjoint(y)
+
+
+def photo_batch(size: tuple[int, int] = (12, 18), batch: int = 2, scale: int = 2) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    x, kernel = (torch.rand(*shape, generator=g, dtype=torch.float64) for shape in ((batch, 3, *size), (batch, 1, 5, 5)))
+    A = BlurDownsample(kernel / kernel.sum(dim=(-2, -1), keepdim=True), scale)
+    return Batch(A(x), A, x, {})
+
+
+@pytest.mark.parametrize("size", [(12, 12), (12, 18)])
+@pytest.mark.parametrize("rotations", ["any", "right"])
+@pytest.mark.parametrize("flips", [None, False, True])
+def test_self_supervision_of_photographs(size, rotations, flips):
+    y, A, x, info = photo_batch(size)
+    model = Enlarge()
+    for seed in range(4):
+        loss = self_supervised_loss(model, y, A, torch.Generator().manual_seed(seed), rotations, flips=flips)
+        gradient, = torch.autograd.grad(loss, model.weight)
+        assert loss > 0 and gradient.isfinite() and gradient != 0
+
+
+def test_right_angles_and_flips_move_pixels_of_a_photograph_and_nothing_else():
+    x = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    found = set()
+    for seed in range(60):
+        turned = draw_rotation("right", x, torch.Generator().manual_seed(seed), flips=True)(x)
+        assert turned.shape[-2:] in ((4, 6), (6, 4)) and torch.equal(turned.flatten(1).sort().values, x.flatten(1).sort().values)
+        found.add(turned[0].numpy().tobytes() + bytes(turned.shape))
+    assert len(found) == 6 # three turns, mirrored or not
+    square = photo_batch((6, 6), batch=8).x
+    turned = draw_rotation("right", square, torch.Generator().manual_seed(0))(square)
+    assert not any(torch.equal(a, b) for a, b in zip(turned, square))
+
+
+def test_flips_are_for_photographs_unless_asked(monkeypatch):
+    import spade.losses
+    seen = []
+    monkeypatch.setattr(spade.losses, "mirror", lambda image, mirrored: seen.append(image.is_complex()) or image)
+    for flips, expected in ((None, [False]), (True, [True, False]), (False, [])):
+        seen.clear()
+        for model, batch in ((small(VarNet), make_batch(size=(16, 16))), (Enlarge(), photo_batch())):
+            self_supervised_loss(model, batch.y, batch.A, torch.Generator().manual_seed(0), flips=flips)
+        assert seen == expected
+
+
+def test_rotations_of_mri_are_those_of_before():
+    x = make_batch(size=(12, 12), batch=3).x
+    degrees = 360 * torch.rand(3, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(draw_rotation("any", x, torch.Generator().manual_seed(5))(x), rotate(x, degrees))
+    assert "flips" not in make_strategy("self-supervised").settings() # so a run that was interrupted can go on
+    assert make_strategy("self-supervised", flips=True).settings()["flips"] is True
+
+
+def test_school_tells_scales_apart():
+    "One measurement, one kernel, two scales: the teacher's answers have different sizes."
+    y, A, *_ = photo_batch()
+    strategy = make_strategy("school", teacher=Enlarge(), loss="l1")
+    sizes = [strategy.answer(y, BlurDownsample(A.kernel, scale)).shape[-1] for scale in (2, 3, 2)]
+    assert sizes == [18, 27, 18] and len(strategy.answers) == 2
+    assert strategy(Enlarge(), Batch(y, A, None, {}), torch.Generator()) == 0
+
+
+def test_the_default_loss_of_usrnet_is_l1():
+    assert default_loss(type("USRNet", (Enlarge,), {})()) is l1

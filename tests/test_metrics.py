@@ -5,12 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from skimage.metrics import structural_similarity
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
 from spade.data import Batch
 from spade.metrics import evaluate, psnr, ssim
-from spade.operators import MultiCoilMRI
+from spade.operators import BlurDownsample, MultiCoilMRI
 
 
 @pytest.fixture
@@ -72,10 +72,19 @@ def test_colour_has_range_one_and_channels():
     assert ssim(x_hat, x) == pytest.approx(expected, abs=1e-12)
 
 
+def test_colour_is_clipped_as_a_file_would():
+    x = torch.rand(3, 16, 18, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    x_hat = x + 0.2
+    assert psnr(x_hat, x) == psnr(x_hat.clamp(0, 1), x) > psnr(torch.zeros_like(x), x) and ssim(x_hat, x) == ssim(x_hat.clamp(0, 1), x)
+    assert psnr(torch.where(x == 1, 7.0, x), x) == math.inf
+
+
 @pytest.mark.parametrize("x_hat, x, sentence", [
     (torch.ones(8, 8), torch.ones(8, 9), "expected the same shape"),
     (torch.ones(8, 8), torch.zeros(8, 8), "data_range must be positive"),
     (torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8), "an image must have shape"),
+    (torch.ones(3, 8, 8), torch.full((3, 8, 8), 255.0), "a colour reference x must lie in \\[0, 1\\], found values from 255 to 255"),
+    (torch.ones(3, 8, 8), torch.full((3, 8, 8), -0.1), "a colour reference x must lie in"),
     (torch.ones(3, 8, 8, dtype=torch.complex64), torch.ones(3, 8, 8, dtype=torch.complex64), "an image must have shape"),
 ])
 def test_what_cannot_be_compared(x_hat, x, sentence):
@@ -109,3 +118,19 @@ def test_evaluate_one_row_per_image_and_the_network_as_it_was():
 def test_evaluate_needs_a_reference():
     with pytest.raises(ValueError, match="needs batches with a reference"):
         evaluate(lambda y, A: A.adjoint(y), [batch_of(torch.ones(1, 1, 8, 8, dtype=torch.complex64))._replace(x=None)], progress=False)
+
+
+def test_evaluate_says_the_scale_of_photographs():
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for scale in (2, 3):
+        x = torch.rand(2, 3, 12, 18, generator=generator)
+        A = BlurDownsample(torch.full((3, 3), 1 / 9), scale)
+        info = {"file": ["a.png", "b.png"], "subject": ["a", "b"], "slice": [4, 7], "scale": [scale] * 2}
+        batches.append(Batch(A(x), A, x, info))
+    table = evaluate(lambda y, A: 2 * A.adjoint(y), batches, progress=False)
+    assert list(table) == ["subject", "file", "slice", "scale", "psnr", "ssim"] and table.scale.tolist() == [2, 2, 3, 3] and table.slice.tolist() == [4, 7, 4, 7]
+    for row, (batch, i) in zip(table.itertuples(), ((b, i) for b in batches for i in (0, 1))):
+        x_hat, x = (2 * batch.A.adjoint(batch.y))[i].double().clamp(0, 1).numpy(), batch.x[i].double().numpy()
+        assert row.psnr == pytest.approx(peak_signal_noise_ratio(x, x_hat, data_range=1), abs=1e-6)
+        assert row.ssim == pytest.approx(structural_similarity(x, x_hat, data_range=1, channel_axis=0), abs=1e-9)

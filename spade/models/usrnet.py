@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .deq import Trace, relative_step
 
-# %% ../../nbs/models/14_usrnet.ipynb #c006
+# %% ../../nbs/models/14_usrnet.ipynb #c007
 class ResBlock(nn.Module):
     "`x + conv(ReLU(conv(x)))`, without biases; any size."
     def __init__(self,
@@ -29,24 +29,24 @@ class ResBlock(nn.Module):
         ) -> Tensor: # the same shape
         return x + self.res(x)
 
-# %% ../../nbs/models/14_usrnet.ipynb #c007
+# %% ../../nbs/models/14_usrnet.ipynb #c008
 def residual_blocks(num_blocks: int, width: int) -> list[ResBlock]:
     "Some blocks of one width."
     return [ResBlock(width) for _ in range(num_blocks)]
 
-# %% ../../nbs/models/14_usrnet.ipynb #c009
+# %% ../../nbs/models/14_usrnet.ipynb #c010
 def down_level(width: int, next_width: int, num_blocks: int # channels before and after halving the size
     ) -> nn.Sequential:
     "Residual blocks, then half the size."
     return nn.Sequential(*residual_blocks(num_blocks, width), nn.Conv2d(width, next_width, 2, stride=2, bias=False))
 
-# %% ../../nbs/models/14_usrnet.ipynb #c010
+# %% ../../nbs/models/14_usrnet.ipynb #c011
 def up_level(width: int, next_width: int, num_blocks: int # channels before and after doubling the size
     ) -> nn.Sequential:
     "Twice the size, then residual blocks."
     return nn.Sequential(nn.ConvTranspose2d(width, next_width, 2, stride=2, bias=False), *residual_blocks(num_blocks, next_width))
 
-# %% ../../nbs/models/14_usrnet.ipynb #c013
+# %% ../../nbs/models/14_usrnet.ipynb #c014
 class ResUNet(nn.Module):
     "USRNet's prior: a U-Net of residual blocks with additive skips and no biases; 17,010,304 parameters by default."
     def __init__(self,
@@ -74,7 +74,7 @@ class ResUNet(nn.Module):
         x = self.m_up1(x + half)
         return self.m_tail(x + full)[..., :height, :width]
 
-# %% ../../nbs/models/14_usrnet.ipynb #c017
+# %% ../../nbs/models/14_usrnet.ipynb #c018
 class HyPaNet(nn.Module):
     "USRNet's hyper-parameter network; 5,392 parameters by default."
     def __init__(self,
@@ -88,13 +88,13 @@ class HyPaNet(nn.Module):
         ) -> Tensor: # real and positive, (B, out_channels, 1, 1)
         return self.mlp(settings) + 1e-6
 
-# %% ../../nbs/models/14_usrnet.ipynb #c020
+# %% ../../nbs/models/14_usrnet.ipynb #c021
 @torch.no_grad()
 def start_near_identity(
     prior: ResUNet, # fresh; changed in place
     hypanet: HyPaNet, # fresh; changed in place
     alpha: float = .01, # about what all alphas start as
-    head: float = .3, # factor on the random part of the first layer
+    head: float = .1, # factor on the random part of the first layer
     rest: float = .1, # factor on the random part of what follows
     ) -> None:
     "Let a fresh prior nearly be the identity on the colours, and a fresh hyper-parameter network answer small alphas."
@@ -105,7 +105,7 @@ def start_near_identity(
     prior.m_up1[0].weight.mul_(rest)
     bias[:len(bias) // 2] = torch.tensor(alpha).expm1().log()  # Softplus, backwards
 
-# %% ../../nbs/models/14_usrnet.ipynb #c023
+# %% ../../nbs/models/14_usrnet.ipynb #c024
 def check_measurement(y: Tensor, A: nn.Module, channels: int) -> None:
     "Raise `TypeError` for an operator without an exact data step, `ValueError` for a `y` that is no real image of so many channels."
     if not (callable(getattr(A, "proximal", None)) and hasattr(A, "scale")):
@@ -113,7 +113,7 @@ def check_measurement(y: Tensor, A: nn.Module, channels: int) -> None:
     if y.ndim != 4 or y.shape[1] != channels or not y.is_floating_point():
         raise ValueError(f"y must be a real image of shape (B, {channels}, H, W), found {y.dtype} of shape {tuple(y.shape)}.")
 
-# %% ../../nbs/models/14_usrnet.ipynb #c024
+# %% ../../nbs/models/14_usrnet.ipynb #c025
 def noise_level(sigma: float | Sequence[float] | Tensor, # one number, or one for each image, for images in [0, 1]
     y: Tensor # real, (B, C, H, W)
     ) -> Tensor: # (1 or B, 1, 1, 1), with dtype and device of `y`
@@ -124,7 +124,7 @@ def noise_level(sigma: float | Sequence[float] | Tensor, # one number, or one fo
         raise ValueError(f"sigma must lie between 0 and 1, the range of the images, found {', '.join(f'{value:.4g}' for value in level.flatten())}; divide grey levels by 255.")
     return level
 
-# %% ../../nbs/models/14_usrnet.ipynb #c027
+# %% ../../nbs/models/14_usrnet.ipynb #c028
 class USRNet(nn.Module):
     "Deep unfolding super-resolution network, one prior for all iterations, kernels, scales and noise levels; 17,016,016 parameters by default."
     def __init__(self,
@@ -208,7 +208,7 @@ class USRNet(nn.Module):
         "The network that a checkpoint of USRNet's authors describes (usrnet, usrgan, tiny variants), sizes inferred."
         return load_published(cls, state_dict)
 
-# %% ../../nbs/models/14_usrnet.ipynb #c029
+# %% ../../nbs/models/14_usrnet.ipynb #c048
 def published_sizes(weights: Mapping[str, Tensor] # names as in `USRNet().state_dict()`
     ) -> dict: # constructor arguments of `USRNet`
     "Sizes of the network that these weights belong to; raises `KeyError` if they do not look like USRNet's."
@@ -218,7 +218,7 @@ def published_sizes(weights: Mapping[str, Tensor] # names as in `USRNet().state_
                 blocks=sum(bool(re.fullmatch(r"p\.m_body\.\d+\.res\.0\.weight", name)) for name in weights),
                 hypanet_channels=width_of("h.mlp.0"), channels=width_of("p.m_tail"))
 
-# %% ../../nbs/models/14_usrnet.ipynb #c030
+# %% ../../nbs/models/14_usrnet.ipynb #c049
 def load_published(cls: type, # `USRNet`
     weights: Mapping[str, Tensor] # as `torch.load` returns it
     ) -> nn.Module: # on the CPU

@@ -25,7 +25,7 @@ from spade.metrics import evaluate
 from spade.models import DEQ, VarNet
 from spade.operators import MultiCoilMRI
 from spade.phantom import simulate
-from spade.profiles import STARTS, Data, Latency, NetworkSettings, Sampling, Simulation, choose, load_profile, profile_names
+from spade.profiles import STARTS, Data, Latency, NetworkSettings, Photos, Sampling, Simulation, choose, load_profile, profile_names
 from spade.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +92,7 @@ def test_code_overwrites_no_number_of_steps(files):
                 assert arguments["steps"] == training.steps and arguments["learning_rate"] == training.learning_rate
 
 
-@pytest.mark.parametrize("part, owners", [(Data, "data"), (Simulation, "simulation"), (Sampling, "sampling"), (Latency, "latency|timing"), (NetworkSettings, r"network|networks\[.+?\]|settings")])
+@pytest.mark.parametrize("part, owners", [(Data, "data"), (Simulation, "simulation"), (Sampling, "sampling"), (Latency, "latency|timing"), (Photos, "photos"), (NetworkSettings, r"network|networks\[.+?\]|settings")])
 def test_each_key_is_read_from_its_own_part(part, owners):
     "`seed` of one part must not pass for read because another part has a `seed`."
     code = "\n".join(path.read_text() for path in [*MODULES, *(ROOT / "nbs" / "experiments").glob("*.ipynb")])
@@ -311,7 +311,7 @@ def test_checkpoints_that_ship_are_different_and_load():
         pytest.skip("no teacher ships with this checkout")
     assert len({hashlib.sha256(path.read_bytes()).hexdigest() for path in teachers}) == len(teachers)
     for path in teachers:
-        network, acceleration, profile = re.fullmatch(r"(.+)_R(\d+)_(\w+)", path.stem).groups()
+        network, _, profile = re.fullmatch(r"([^_]+)_(?:R(\d+)_)?(\w+)", path.stem).groups()
         expected = type(load_network(network, profile)).__name__
         assert type(spade.load(path)).__name__ == expected, f"{path.name} holds another network"
         assert path.with_suffix(".json").is_file()

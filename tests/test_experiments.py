@@ -1,17 +1,27 @@
 """The experiment notebooks as papermill calls them, and the batch that does so."""
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
 import nbformat
 import numpy as np
+import pandas as pd
+import psutil
 import pytest
+import torch
+import yaml
 
-from spade.batch import Job, failing_cell, job_of, main, run_job, run_jobs, students
-from spade.experiment import Run, acquisition_files, find_teacher, is_complete, run_key
+from spade.batch import Job, failing_cell, job_of, main, ready_teacher, report_jobs, run_job, run_jobs, students
+from spade.experiment import (Run, acquisition_files, before_set, data_files, datasets, find_teacher, is_complete, load_teacher, loop_settings, measurement_facts,
+                              photo_datasets, photo_files, picture_batches, run_key, strategy_settings, tidy, training_set)
+from spade.metrics import evaluate
+from spade.photos import embedded_photos
 from spade.profiles import load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +56,7 @@ def test_nothing_is_exported_from_experiments():
 
 
 @pytest.mark.parametrize("notebook, parameters, choices", [
-    ("pretrain", {"profile": "smokee"}, "demo, gpu, paper, siat, smoke"),
+    ("pretrain", {"profile": "smokee"}, "cbsd68, demo, gpu, paper, siat, smoke"),
     ("pretrain", {"network": "unet"}, "deq, varnet, e2e-varnet"),
     ("finetune", {"strategy": "selfsupervised"}, "supervised, school, self-supervised"),
     ("finetune", {"start": "cold"}, "pruned, random"),
@@ -94,6 +104,20 @@ def test_another_setting_makes_another_key():
     assert run_key(run, load_profile("smoke", {"networks.varnet.finetuning.supervised.steps": 4})) == key, "a setting of another run"
     assert run_key(run, load_profile("smoke", {"latency.repeats": 9, "workers": 3})) == key, "settings without influence on numbers"
     assert len({run_key(other, profile) for other in students(profile, "varnet", 6)}) == len(students(profile, "varnet", 6))
+
+
+def test_changed_data_make_another_key_and_another_place_does_not(tmp_path):
+    run, profile = Run("varnet", 6, 0.40, "school"), load_profile("smoke")
+    for name in ("a", "b"):
+        (tmp_path / "here").mkdir(exist_ok=True)
+        (tmp_path / "here" / f"{name}.h5").write_bytes(name.encode() * 100)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    key = run_key(run, profile, data=str(tmp_path / "here"))
+    assert key == run_key(run, profile, data=str(tmp_path / "there")) != run_key(run, profile, data=str(tmp_path / "nowhere"))
+    (tmp_path / "there" / "b.h5").write_bytes(b"c" * 100)
+    assert run_key(run, profile, data=str(tmp_path / "there")) != key
+    (tmp_path / "here" / "b.h5").rename(tmp_path / "here" / "c.h5")
+    assert run_key(run, profile, data=str(tmp_path / "here")) != key
 
 
 def test_a_damaged_result_counts_as_missing(tmp_path):
@@ -150,3 +174,206 @@ def test_a_profile_may_name_a_users_own_images(tmp_path):
 def test_a_named_teacher_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="parameter teacher names .*nowhere.safetensors"):
         find_teacher(Run("varnet", 6, 0.40, "school"), load_profile("smoke"), tmp_path, str(tmp_path / "nowhere.safetensors"))
+
+
+# Super-resolution through the same notebooks
+
+@pytest.fixture(scope="module")
+def photo_teacher(workplace) -> Path:
+    """USRNet pretrained in the smoke profile; returns the folder of results."""
+    out = workplace / "photo_out"
+    outcome = run_job(job_of(Run("usrnet"), load_profile("smoke"), out))
+    assert outcome.state == "done", outcome
+    return out
+
+
+def test_pretraining_usrnet_leaves_results_by_scale(photo_teacher):
+    folder = Run("usrnet").folder(photo_teacher)
+    assert folder.name == "usrnet-teacher-seed0"
+    result, metrics = json.loads((folder / "result.json").read_text()), pd.read_csv(folder / "metrics.csv")
+    assert {"bicubic x2 psnr", "usrnet x3 psnr", "usrnet x4 ssim"} <= set(result["means"]) and "sampling_rate" not in result
+    assert {"scales", "kernels", "noise", "pairing", "validation_psnr", "key"} <= set(result) and result["scales"] == [2, 3, 4]
+    assert "acceleration" not in metrics and set(metrics["scale"]) == {2, 3, 4} and set(metrics["model"]) == {"usrnet", "bicubic"}
+    assert set(pd.read_csv(folder / "curve.csv").columns) == {"step", "loss", "learning_rate", "seconds", "validation"}
+    split = result["data"]["split"]
+    assert not set(split["train"]) & set(split["test"]) and not set(split["val"]) & {*split["test"], *split["train"]}
+    with np.load(folder / "images.npz") as images:
+        assert {"ground truth", "bicubic", "teacher", "ground truth 2"} <= set(images.files) and images["teacher"].dtype == np.uint8 and images["teacher"].shape == (48, 48, 3)
+    assert str(ROOT) not in (folder / "result.json").read_text() + (folder / "run.ipynb").read_text()
+
+
+def test_a_student_of_usrnet_by_school_serves_all_scales_and_is_validated_from_step_0(photo_teacher):
+    run = Run("usrnet", ratio=0.40, strategy="school")
+    job = job_of(run, load_profile("smoke"), photo_teacher)
+    assert run_job(job).state == "done" and run_job(job).state == "kept"
+    metrics, curve = pd.read_csv(run.folder(photo_teacher) / "metrics.csv"), pd.read_csv(run.folder(photo_teacher) / "curve.csv")
+    psnr = metrics[metrics["metric"] == "psnr"]
+    assert psnr.groupby("strategy")["scale"].nunique().to_dict() == {"none": 3, "school": 3}
+    assert psnr.groupby("strategy")["image"].nunique().to_dict() == {"none": 1, "school": 2}, "photos.before is 1 in this profile"
+    assert curve["step"].tolist() == [0, 1, 2, 3] and curve["validation"].notna().all() and np.isnan(curve["loss"][0])
+    assert json.loads((run.folder(photo_teacher) / "result.json").read_text())["before_measurements"] == 3
+
+
+def test_the_reports_of_super_resolution_render(photo_teacher):
+    jobs = {job.name: job for job in report_jobs("usrnet", 6, load_profile("smoke"), photo_teacher)}
+    assert list(jobs) == ["table_4", "table_6", "figure_5", "figure_steps"]
+    outcome = run_job(jobs["table_4"])
+    assert outcome.state == "done", outcome
+    text = (photo_teacher / "table_4_usrnet.md").read_text()
+    assert "×2" in text and "×3" in text and "(29.96)" in text and "without cutting a border" in text
+
+
+def test_reports_follow_the_scales_of_the_profile(tmp_path):
+    names = lambda scales: [job.name for job in report_jobs("usrnet", 6, load_profile("smoke", {"photos.scales": scales}), tmp_path)]
+    assert names([2, 3]) == ["table_4", "figure_5", "figure_steps"] and names([4]) == ["table_6", "figure_5", "figure_steps"]
+
+
+def test_a_run_of_super_resolution_has_no_acceleration():
+    assert Run("usrnet", 6) == Run("usrnet", 8) and Run("usrnet").name == "usrnet-teacher-seed0"
+    assert Run("usrnet", ratio=0.4, strategy="school", start="random", seed=2).name == "usrnet-0.40-school-random-seed2"
+    assert "acceleration" not in job_of(Run("usrnet"), load_profile("smoke"), ROOT / "outputs" / "smoke").parameters
+
+
+def test_the_key_of_super_resolution_follows_photos_and_not_acquisitions():
+    run, profile = Run("usrnet", ratio=0.40, strategy="school"), load_profile("smoke")
+    key = run_key(run, profile)
+    assert run_key(run, load_profile("smoke", {"photos.noise": 0.01})) != key
+    assert run_key(run, load_profile("smoke", {"networks.usrnet.self_supervised.weight": 2.0})) != key
+    assert run_key(run, load_profile("smoke", {"data.seed": 5, "sampling.exact": True})) == key
+    mri = Run("varnet", 6, 0.40, "school")
+    assert run_key(mri, profile, data="nowhere") == run_key(mri, load_profile("smoke", {"photos.noise": 0.01}), data="nowhere")
+
+
+def test_photographs_of_train_validation_and_test_are_apart(tmp_path):
+    files = photo_files(load_profile("smoke").photos)
+    assert not set(files["train"]) & set(files["test"]) and not set(files["val"]) & {*files["train"], *files["test"]}
+    for path in embedded_photos()["test"]:
+        shutil.copy(path, tmp_path / f"another_name_{path.name}")
+    with pytest.raises(ValueError, match="another_name_.* of the test photographs"):
+        photo_files(load_profile("smoke", {"photos.train": str(tmp_path)}).photos)
+    with pytest.raises(ValueError, match="photos.validation_limit is 9, which leaves no photograph"):
+        photo_files(load_profile("smoke", {"photos.validation_limit": 9}).photos)
+    assert {path.parent for path in data_files(load_profile("smoke"), Run("usrnet"), str(tmp_path)) if path.name.startswith("another")} == {tmp_path}
+
+
+def test_a_missing_folder_of_photographs_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing_here"):
+        datasets(load_profile("smoke", {"photos.test": str(tmp_path / "nothing_here")}), Run("usrnet"))
+
+
+def test_what_a_strategy_sees_of_photographs():
+    profile = load_profile("smoke", {"photos.measurement_crop": 32, "networks.usrnet.finetuning.school.batch_size": 2})
+    run = Run("usrnet", ratio=0.40, strategy="school")
+    splits = datasets(profile, run)
+    crops = training_set(splits, profile, run)
+    assert "x" not in crops[0] and crops[0]["y"].shape[-1] * crops[0]["scale"] <= 32 and {crops[i]["scale"] for i in range(len(crops))} == {2, 3, 4}
+    assert "x" in training_set(splits, profile, Run("usrnet", ratio=0.40, strategy="supervised"))[0]
+    whole = training_set(splits, load_profile("smoke"), run)
+    assert len(whole) == len(splits["test"]) and "x" not in whole[0]
+    few = before_set(splits, profile, run)
+    assert len(few) == 3 < len(splits["test"]) and {item["file"] for item in few} == {splits["test"][0]["file"]}
+    assert torch.equal(few[0]["y"], splits["test"][0]["y"]), "the same measurement"
+
+
+def test_other_seeds_train_on_other_crops_and_test_on_the_same():
+    profile = load_profile("smoke")
+    first, second = (photo_datasets(profile, Run("usrnet", seed=seed)) for seed in (0, 1))
+    assert torch.equal(first["test"][0]["y"], second["test"][0]["y"])
+    assert not torch.equal(first["train"][0]["x"], second["train"][0]["x"])
+
+
+def test_facts_and_pictures_of_photographs():
+    profile = load_profile("smoke")
+    splits = datasets(profile, Run("usrnet"))
+    facts = measurement_facts(splits, profile, Run("usrnet"))
+    assert facts["kernels"] == 12 and facts["photographs"] == 2 and facts["measurements"] == 6 and facts["pairing"] == "turn"
+    pictures = picture_batches(splits["test"], Run("usrnet"))
+    assert [batch.info["scale"] for batch in pictures] == [[3], [3]] and len({batch.info["file"][0] for batch in pictures}) == 2
+
+
+def test_settings_of_strategy_and_loop():
+    profile = load_profile("smoke")
+    assert strategy_settings(profile, Run("usrnet", ratio=0.4, strategy="self-supervised"))["rotations"] == "right"
+    assert strategy_settings(profile, Run("varnet", ratio=0.4, strategy="self-supervised"))["rotations"] == "any"
+    with pytest.raises(ValueError, match="unknown strategy of usrnet in the profile 'cbsd68': 'supervised': choose one of school"):
+        strategy_settings(load_profile("cbsd68"), Run("usrnet", ratio=0.4, strategy="supervised"))
+    training = load_profile("cbsd68").networks["usrnet"].finetuning["school"].at(0.05)
+    assert loop_settings(training, Run("usrnet"), profile)["validate_every"] == training.validate_every
+
+
+def test_published_weights_are_named_loaded_or_refused(tmp_path, shared):
+    overrides = {"networks.usrnet.published": str(shared / "weights" / "usrnet_tiny.pth")}
+    profile, run = load_profile("smoke", overrides), Run("usrnet", ratio=0.4, strategy="school")
+    assert ready_teacher(run, profile) == "published" and find_teacher(run, profile, tmp_path).name == "usrnet_tiny.pth"
+    model = load_teacher(find_teacher(run, profile, tmp_path, "published"))
+    assert sum(p.numel() for p in model.parameters()) == 590_332 and model.config()["iterations"] == 6
+    table = evaluate(model, [batch for batch in picture_batches(datasets(profile, run)["test"], run)], progress=False)
+    assert len(tidy(table, run)) == 4 and (table["psnr"] > 20).all()
+
+
+def test_missing_and_foreign_published_weights_are_named(tmp_path):
+    profile = load_profile("smoke", {"networks.usrnet.published": "data/nowhere.pth"})
+    with pytest.raises(FileNotFoundError, match="names the weights data/nowhere.pth in networks.usrnet.published, which does not exist"):
+        find_teacher(Run("usrnet"), profile, tmp_path, "published")
+    with pytest.raises(FileNotFoundError, match="has no key networks.usrnet.published"):
+        find_teacher(Run("usrnet"), load_profile("smoke"), tmp_path, "published")
+    for content in ({"weight": torch.zeros(3)}, [1, 2], None):
+        if content is None:
+            (tmp_path / "other.pth").write_bytes(b"no checkpoint at all")
+        else:
+            torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match="other.pth holds no weights of USRNet"):
+            load_teacher(tmp_path / "other.pth")
+
+
+def test_the_published_size_is_that_of_the_profile(shared):
+    """Time is measured on the profile's arguments, quality with the published weights: they must be one network."""
+    cbsd68 = load_profile("cbsd68").networks["usrnet"]
+    published = load_teacher(shared / "weights" / "usrnet_tiny.pth").config()
+    assert all(list(np.ravel(published[name])) == list(np.ravel(value)) for name, value in cbsd68.arguments.items())
+
+
+# Ending a batch
+
+def sleeping(tmp_path: Path) -> Path:
+    """A notebook that says it has begun and sleeps."""
+    cells = [nbformat.v4.new_code_cell("began = ''", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell("import os, pathlib, time\npathlib.Path(began).write_text(str(os.getpid()))\ntime.sleep(120)")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "sleep.ipynb")
+    return tmp_path / "sleep.ipynb"
+
+
+def test_interrupting_a_batch_ends_its_jobs_down_to_the_kernel(tmp_path):
+    notebook, began = sleeping(tmp_path), [tmp_path / f"began_{i}" for i in range(2)]
+    script = ("import sys\nfrom pathlib import Path\nfrom spade.batch import Job, run_jobs\n"
+              f"jobs = [Job(str(i), Path({str(notebook)!r}), Path({str(tmp_path)!r}) / f'{{i}}.ipynb', {{'began': {str(tmp_path)!r} + f'/began_{{i}}'}}) for i in range(3)]\n"
+              "try:\n    run_jobs(jobs, workers=2)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n")
+    batch = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 60
+    while not all(path.is_file() and path.read_text() for path in began) and time.time() < deadline:
+        time.sleep(0.2)
+    kernels = [psutil.Process(int(path.read_text())) for path in began]
+    family = psutil.Process(batch.pid).children(recursive=True)
+    assert all(kernel in family for kernel in kernels) and len(family) >= 4, "two papermills, two kernels"
+    batch.send_signal(signal.SIGINT)
+    told, _ = batch.communicate(timeout=60)
+    assert batch.returncode == 130, told
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive and not (tmp_path / "began_2").exists() and "failed" not in told
+
+
+def test_the_command_line_ends_with_130_when_it_is_terminated(tmp_path):
+    """`python -m spade.batch` itself, terminated while its first job runs; nothing of it is left."""
+    profile = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
+    assert profile["workers"] == 2
+    batch = subprocess.Popen([sys.executable, "-m", "spade.batch", "demo", "--network", "usrnet", "--profile", "smoke", "--out", str(tmp_path / "out")], cwd=ROOT,
+                             env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline, family = time.time() + 90, []
+    while len(family) < 2 and time.time() < deadline and batch.poll() is None:
+        time.sleep(0.2)
+        family = psutil.Process(batch.pid).children(recursive=True)
+    batch.terminate()
+    _, errors = batch.communicate(timeout=60)
+    assert batch.returncode == 130 and "goes on from here" in errors, errors
+    assert family and not psutil.wait_procs(family, timeout=10)[1]

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 
 import pandas as pd
 import torch
@@ -256,7 +257,7 @@ def prune(
     priors: Iterable[Prior] | None = None,  # for a foreign model: its CNNs; default `teacher.priors()`
 ) -> nn.Module:  # a pruned deep copy; its `pruning_report` says what went
     "SPADE's pruning (section 3): one shot, uniform over the layer groups, ranked inside each by eq. 6."
-    if not 0 < ratio < 1:
+    if not isinstance(ratio, Real) or not 0 < ratio < 1:
         raise ValueError(f"ratio is {ratio!r}, expected a number between 0 and 1, both excluded (the paper's are 0.05, 0.10, 0.20, 0.40)")
     found = find_priors(teacher, priors)
     copies: dict[int, object] = {}  # deepcopy's memo: where each module of the teacher went

@@ -115,7 +115,9 @@ def move(value: Any, device: torch.device) -> Any:
 
 # %% ../nbs/22_training.ipynb #c032
 def as_loader(data: Dataset | Iterable, settings: Settings) -> Iterable:
-    "A dataset of `spade.data` as a shuffled loader; everything else as it is."
+    "A dataset of `spade.data` as a shuffled loader; everything else as it is. Raises `TypeError` for what gives no batches."
+    if isinstance(data, (str, Path)) or (isinstance(data, (list, tuple)) and any(isinstance(item, (str, Path)) for item in data)):
+        raise TypeError(f"data is {data if isinstance(data, (str, Path)) else data[0]!s}, a file name; pass a dataset such as spade.data.MultiCoilSlices(files)")
     if isinstance(data, Dataset) and not callable(getattr(data, "shape", None)):
         raise TypeError(f"{type(data).__name__} is not a dataset of spade.data; pass a DataLoader that yields batches (y, A, x, info)")
     return (loader(data, settings.batch_size, shuffle=True, seed=settings.seed, num_workers=settings.num_workers)
@@ -138,8 +140,10 @@ def epoch_batches(data: Iterable, seed: int, epoch: int, start: int = 0, rank: i
             batch = next(batches)
         except StopIteration:
             return
-        if number >= start * world and number % world == rank:
-            yield batch
+        if number % world == rank:
+            mine = batch
+        if number >= start * world and number % world == world - 1:  # as above: every process gets as many
+            yield mine
         number += 1
 
 # %% ../nbs/22_training.ipynb #c038

@@ -92,3 +92,11 @@ def test_keys_depend_on_type_shape_content_and_order():
     assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
     z = torch.tensor([1 + 2j])
     assert content_key(z.conj()) == content_key(torch.tensor([1 - 2j]))
+
+
+def test_a_file_gets_the_permissions_of_any_new_file(tmp_path):
+    """safetensors writes files that only their owner may read."""
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    made = atomic_write(tmp_path / "made", lambda part: (part.touch(0o600), part.chmod(0o600)))
+    assert made.stat().st_mode == ordinary.stat().st_mode

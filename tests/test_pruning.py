@@ -173,7 +173,7 @@ def test_report(net):
     assert "multiply-accumulates" in str(report)
 
 
-@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, math.nan])
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, math.nan, "0.4", None])
 def test_ratio_outside_0_1(net, ratio):
     with pytest.raises(ValueError, match="between 0 and 1"):
         prune(net, ratio, priors(net))

@@ -115,6 +115,19 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert order(0, 0, rank=1, world=2) == order(0, 0)[1::2]
 
 
+def test_every_process_gets_as_many_batches_of_a_plain_list():
+    with own_randomness():
+        shares = [list(epoch_batches([1, 2, 3, 4, 5], seed=0, epoch=0, rank=rank, world=2)) for rank in (0, 1)]
+        rest = list(epoch_batches([1, 2, 3, 4, 5], seed=0, epoch=0, start=1, rank=1, world=2))
+    assert shares == [[1, 3], [2, 4]] and rest == [4]
+
+
+@pytest.mark.parametrize("data", ["brain.h5", ["brain.h5"], [Path("brain.h5")]])
+def test_file_names_in_place_of_data(data):
+    with pytest.raises(TypeError, match="brain.h5, a file name; pass a dataset"):
+        train(nn.Linear(1, 1), data, make_strategy("supervised"), steps=1)
+
+
 def test_callers_generator_is_left_alone():
     model, strategy, data = tiny(), make_strategy("supervised"), batches()
     torch.manual_seed(5)

@@ -12,8 +12,9 @@ matplotlib.use("agg")
 from spade.experiment import Run, write_csv, write_images  # noqa: E402
 from spade.files import write_json  # noqa: E402
 from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups  # noqa: E402
-from spade.report import (caption_1, comparisons, figure_3, figure_7, for_print, mean_over_images, pick, read_metrics, read_runs, table_1,  # noqa: E402
-                          to_latex, to_markdown, write_figure, write_table)
+from spade.report import (caption_1, caption_4, comparisons, comparisons_4, figure_3, figure_5, figure_7, figure_steps, for_print,  # noqa: E402
+                          mean_over_images, pick, read_curve, read_images, read_metrics, read_runs, setting_4, table_1, table_4, to_latex, to_markdown, won_back,
+                          write_figure, write_table)
 
 
 def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0) -> None:
@@ -56,6 +57,16 @@ def test_seeds_are_averaged_after_images(out):
     means = mean_over_images(read_metrics(out))
     row = means[(means["ratio"] == 0.40) & (means["metric"] == "psnr")].iloc[0]
     assert (row["mean"], row["count"]) == (38.5, 2) and row["std"] == pytest.approx(np.sqrt(0.5))
+
+
+def test_several_seeds_are_printed_as_mean_and_deviation(out, tmp_path):
+    assert not [column for column in table_1(out, ["varnet"]) if "std" in column], "one seed has no deviation"
+    write_run(out, Run("varnet", 6, 0.40, "school", seed=1), 38.0, seed_shift=1.0)
+    table = table_1(out, ["varnet"])
+    assert table["PSNR school (std)"].notna().sum() == 1 and "PSNR supervised (std)" not in table
+    printed = for_print(table)
+    assert printed.loc[4, "PSNR school"] == "38.50 ± 0.71 (37.36)" and not [column for column in printed if "std" in column]
+    assert r"38.50 $\pm$ 0.71" in to_latex(printed, "") and len(pd.read_csv(write_table(table, "", tmp_path / "t")[0])) == 5
 
 
 def test_other_accelerations_do_not_leak_into_a_table(out):
@@ -131,3 +142,98 @@ def test_recomputed_speed_ups_find_the_one_that_is_off():
 
 def test_results_are_plain_json(out):
     assert all(isinstance(json.loads(path.read_text()), dict) for path in out.glob("runs/*/result.json"))
+
+
+# Super-resolution
+
+def write_photo_run(out: Path, run: Run, psnr: float, before: float | None = None, images: int = 2) -> None:
+    """A run of USRNet: `images` photographs at three scales; before fine-tuning only the first of them was evaluated."""
+    folder, rows = run.folder(out), []
+    for model, strategy, level, count in ((run.network, run.strategy, psnr, images), (run.network, "none", before, 1), ("bicubic", "", None if run.strategy else 24.0, images)):
+        for scale in (2, 3, 4):
+            rows += [dict(model=model, scale=scale, criterion="", ratio=run.ratio, strategy=strategy, start=run.start, seed=run.seed, image=f"{i}/{i}", metric=metric, value=value)
+                     for i in range(count if level is not None else 0) for metric, value in (("psnr", level - scale + 2 + 4 * i), ("ssim", 0.8))]
+    write_csv(folder / "metrics.csv", pd.DataFrame(rows))
+    write_csv(folder / "curve.csv", pd.DataFrame({"step": [0, 1, 2], "loss": [np.nan, 1.0, 0.5], "validation": [20.0, np.nan, psnr]}))
+    photo = np.random.default_rng(0).random((3, 48, 60))
+    write_images(folder / "images.npz", {"student": 0.9 * photo} if run.strategy else {"ground truth": photo, "bicubic": 0.5 * photo, "teacher": 0.95 * photo})
+    facts = dict(scales=[2, 3, 4], kernels=12, kernels_from="kernels_12.mat", noise=0.0, pairing="turn", tile=None, photographs=images, measurements=3 * images)
+    write_json(folder / "result.json", {"parameters": 100, "device": "CPU", "seconds": 1.0, "profile": {"name": "p", "description": "d"}, "validation_psnr": 30.0, **facts,
+                                        "loaded": "" if run.strategy else "usrnet_tiny.pth",
+                                        "run": {"network": run.network, "acceleration": 1, "ratio": run.ratio, "strategy": run.strategy, "seed": run.seed}})
+
+
+@pytest.fixture
+def photo_out(out) -> Path:
+    """CS-MRI and super-resolution in one folder, as in outputs/demo."""
+    write_photo_run(out, Run("usrnet"), 30.0)
+    write_photo_run(out, Run("usrnet", ratio=0.40, strategy="school"), 29.0, before=20.0)
+    return out
+
+
+def test_table_4_has_a_block_per_scale_with_what_is_kept(photo_out):
+    table = table_4(photo_out)
+    assert table["Scale"].tolist() == ["×2"] * 5 + ["×3"] * 5
+    assert table["PSNR"][0] == pytest.approx(32.0) and table["PSNR"][5] == pytest.approx(31.0) and table["PSNR"].notna().sum() == 4
+    assert table["PSNR kept %"][4] == pytest.approx(100 * 31 / 32) and table["SSIM kept %"][4] == pytest.approx(100)
+    assert table["PSNR kept % (paper)"].tolist() == [100.0, 99.5, 99.5, 99.5, 99.1] * 2 and table["# Params (paper)"][4] == 6_094_762
+    assert table["# Params trained"].tolist()[:5] == pytest.approx([100, np.nan, np.nan, np.nan, 100], nan_ok=True)
+    printed = for_print(table)
+    assert printed.loc[4, "PSNR"] == "31.00 (29.70)" and printed.loc[1, "PSNR"] == "– (29.81)" and printed.loc[4, "PSNR kept %"] == "96.9 (99.1)"
+    assert table_4(photo_out, [4])["Time (ms) (paper)"].tolist() == [272.2, 262.8, 248.9, 241.8, 150.3]
+    with pytest.raises(ValueError, match="scale is 5; the paper has tables for 2, 3, 4"):
+        table_4(photo_out, [5])
+
+
+def test_both_sizes_that_were_timed_stand_in_table_4(photo_out):
+    rows = lambda milliseconds, parameters: [{"network": "usrnet", "ratio": ratio, "milliseconds": milliseconds, "speed_up": 1.0, "parameters": parameters, "macs": 1} for ratio in NAMED_RATIO]
+    latency = {"rows": rows(900.0, 17_016_016), "profile_rows": rows(30.0, 590_332), "device": "CPU", "measured_on": "a CPU, 2 threads; y 1",
+               "profile": {"latency": {"size": "both", "photo_shape": [96, 144], "scale": 3}}}
+    write_json(photo_out / "latency" / "usrnet.json", latency)
+    table, caption = table_4(photo_out), caption_4(photo_out, [2, 3])
+    assert set(table["Time (ms)"]) == {900.0} and set(table["Time (ms) trained"]) == {30.0} and set(table["# Params"]) == {17_016_016}
+    assert "the paper's network, 96×144 at ×3, a CPU, 2 threads" in caption and "Trained: the profile's network" in caption
+
+
+def test_results_of_one_problem_do_not_leak_into_the_other(photo_out):
+    metrics = read_metrics(photo_out)
+    assert set(metrics[metrics["model"] == "varnet"]["scale"]) == {0} and set(metrics[metrics["model"] == "usrnet"]["acceleration"]) == {0}
+    assert table_1(photo_out, ["varnet"])["PSNR school"].notna().sum() == 1 and "bicubic" not in set(comparisons(photo_out, "varnet")["method"])
+    assert not {"varnet", "zero-filled"} & set(comparisons_4(photo_out)["method"])
+
+
+def test_results_from_before_there_were_scales_still_read(out):
+    assert "scale" not in pd.read_csv(Run("varnet").folder(out) / "metrics.csv") and set(read_metrics(out)["scale"]) == {0}
+    assert table_1(out, ["varnet"])["PSNR supervised"][0] == pytest.approx(40.0)
+
+
+def test_what_is_won_back_is_told_on_the_images_that_were_evaluated_before(photo_out):
+    """Before fine-tuning one photograph of two: the teacher has 30 there, the pruned network 20, the student 29; over both photographs the means are 2 dB higher."""
+    assert won_back(read_metrics(photo_out), 0.40, "school", 2) == pytest.approx(90.0)
+    beside = comparisons_4(photo_out).set_index(["scale", "method"])
+    assert beside.loc[(2, "no fine-tuning"), "images"] == 1 and beside.loc[(2, "school"), "images"] == 2
+    assert beside.loc[(3, "school"), "won back %"] == pytest.approx(90.0) and np.isnan(beside.loc[(3, "bicubic"), "won back %"])
+    assert np.isnan(won_back(read_metrics(photo_out), 0.20, "school", 2))
+
+
+def test_the_caption_says_how_the_numbers_of_super_resolution_were_made(photo_out, tmp_path):
+    caption = caption_4(photo_out, [2, 3])
+    for said in ("RGB", "data range 1", "without cutting a border", "mean over images and kernels", "One network", "2 test photographs", "one blur kernel in turn",
+                 "the 12 of kernels_12.mat", "noise σ = 0", "usrnet_tiny.pth", "Time was not measured", "×2 and ×3"):
+        assert said in caption, said
+    assert setting_4(tmp_path / "nothing") == "No complete run."
+
+
+def test_figures_of_super_resolution_draw_with_missing_runs(photo_out, tmp_path):
+    for number, figure in enumerate((figure_5(photo_out), figure_steps(photo_out), figure_steps(tmp_path / "nothing"))):
+        assert all(path.stat().st_size > 1000 for path in write_figure(figure, tmp_path / f"photo_{number}"))
+        matplotlib.pyplot.close(figure)
+    with pytest.raises(FileNotFoundError, match="usrnet-teacher-seed0.*pretrain"):
+        figure_5(tmp_path / "nothing")
+
+
+def test_colours_are_stored_with_8_bits_and_curves_give_their_scores(photo_out):
+    folder = Run("usrnet").folder(photo_out)
+    images = read_images(folder)
+    assert images["teacher"].shape == (48, 60, 3) and 0.9 < images["teacher"].max() <= 1 and abs(images["teacher"] - 0.95 * images["ground truth"]).max() < 0.005
+    assert read_curve(folder)["step"].tolist() == [0, 2] and read_curve(photo_out / "nowhere").empty and read_curve(Run("varnet").folder(photo_out)).empty

@@ -518,4 +518,6 @@ def latency_networks(network: str, profile: Profile, size: str = "") -> dict[flo
 def latency_key(network: str, profile: Profile) -> str:
     """The key of a measurement of time."""
     size = {} if profile.latency.size == "paper" else as_plain(profile.networks[network])["arguments"]
-    return content_key(network, as_plain(profile.latency), list(profile.ratios), size, describe_device(profile.device))
+    others = ("shape", "coils", "iterations") if Run(network).super_resolution else ("photo_shape", "scale")
+    timing = {name: value for name, value in as_plain(profile.latency).items() if name not in others}
+    return content_key(network, timing, list(profile.ratios), size, describe_device(profile.device))

@@ -12,9 +12,9 @@ matplotlib.use("agg")
 from spade.experiment import Run, write_csv, write_images  # noqa: E402
 from spade.files import write_json  # noqa: E402
 from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups  # noqa: E402
-from spade.report import (caption_1, caption_4, comparisons, comparisons_4, figure_3, figure_5, figure_7, figure_steps, for_print,  # noqa: E402
-                          mean_over_images, pick, read_curve, read_images, read_metrics, read_runs, setting_4, table_1, table_4, to_latex, to_markdown, won_back,
-                          write_figure, write_table)
+from spade.report import (caption_1, caption_3, caption_4, comparisons, comparisons_4, figure_1, figure_2, figure_3, figure_5, figure_7, figure_steps, for_print,  # noqa: E402
+                          index_page, mean_over_images, pick, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex,
+                          to_markdown, with_differences, won_back, write_figure, write_index, write_table)
 
 
 def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0) -> None:
@@ -43,7 +43,7 @@ def test_table_puts_ours_beside_the_papers_and_dashes_where_nothing_was_run(out)
     assert row["PSNR school"] == pytest.approx(38.0) and row["PSNR school (paper)"] == 37.36 and row["SSIM school"] == pytest.approx(95.0)
     assert np.isnan(row["PSNR supervised"]) and table[table["Network"] == "DEQ"]["PSNR supervised"].isna().all()
     printed = for_print(table)
-    assert printed.loc[4, "PSNR school"] == "38.00 (37.36)" and printed.loc[4, "PSNR supervised"] == "– (38.12)" and printed.loc[0, "PSNR school"] == ""
+    assert printed.loc[4, "PSNR school"] == "38.00 (37.36, +0.64)" and printed.loc[4, "PSNR supervised"] == "– (38.12)" and printed.loc[0, "PSNR school"] == ""
 
 
 def test_an_unfinished_run_does_not_count(out):
@@ -65,7 +65,7 @@ def test_several_seeds_are_printed_as_mean_and_deviation(out, tmp_path):
     table = table_1(out, ["varnet"])
     assert table["PSNR school (std)"].notna().sum() == 1 and "PSNR supervised (std)" not in table
     printed = for_print(table)
-    assert printed.loc[4, "PSNR school"] == "38.50 ± 0.71 (37.36)" and not [column for column in printed if "std" in column]
+    assert printed.loc[4, "PSNR school"] == "38.50 ± 0.71 (37.36, +1.14)" and not [column for column in printed if "std" in column]
     assert r"38.50 $\pm$ 0.71" in to_latex(printed, "") and len(pd.read_csv(write_table(table, "", tmp_path / "t")[0])) == 5
 
 
@@ -179,7 +179,7 @@ def test_table_4_has_a_block_per_scale_with_what_is_kept(photo_out):
     assert table["PSNR kept % (paper)"].tolist() == [100.0, 99.5, 99.5, 99.5, 99.1] * 2 and table["# Params (paper)"][4] == 6_094_762
     assert table["# Params trained"].tolist()[:5] == pytest.approx([100, np.nan, np.nan, np.nan, 100], nan_ok=True)
     printed = for_print(table)
-    assert printed.loc[4, "PSNR"] == "31.00 (29.70)" and printed.loc[1, "PSNR"] == "– (29.81)" and printed.loc[4, "PSNR kept %"] == "96.9 (99.1)"
+    assert printed.loc[4, "PSNR"] == "31.00 (29.70, +1.30)" and printed.loc[1, "PSNR"] == "– (29.81)" and printed.loc[4, "PSNR kept %"] == "96.9 (99.1, −2.2)"
     assert table_4(photo_out, [4])["Time (ms) (paper)"].tolist() == [272.2, 262.8, 248.9, 241.8, 150.3]
     with pytest.raises(ValueError, match="scale is 5; the paper has tables for 2, 3, 4"):
         table_4(photo_out, [5])
@@ -237,3 +237,46 @@ def test_colours_are_stored_with_8_bits_and_curves_give_their_scores(photo_out):
     images = read_images(folder)
     assert images["teacher"].shape == (48, 60, 3) and 0.9 < images["teacher"].max() <= 1 and abs(images["teacher"] - 0.95 * images["ground truth"]).max() < 0.005
     assert read_curve(folder)["step"].tolist() == [0, 2] and read_curve(photo_out / "nowhere").empty and read_curve(Run("varnet").folder(photo_out)).empty
+
+
+# The difference, Table 3, Figures 1 and 2, the index page
+
+def test_the_difference_to_the_paper_stands_in_the_numbers_and_in_print(out, tmp_path):
+    table = table_1(out, ["varnet"])
+    told = with_differences(table)
+    assert told.loc[4, "PSNR school (difference)"] == pytest.approx(38.0 - 37.36) and np.isnan(told.loc[4, "PSNR supervised (difference)"])
+    assert not [column for column in told if "difference" in column and column.startswith(("Time", "# Params", "Speed"))]
+    assert list(pd.read_csv(write_table(table, "", tmp_path / "t")[0])) == list(told) and "−" in for_print(told).loc[4, "SSIM school"]
+
+
+def test_table_3_sets_random_starts_beside_pruned_ones(out):
+    write_run(out, Run("varnet", 6, 0.40, "supervised"), 39.0)
+    write_run(out, Run("varnet", 6, 0.40, "supervised", "random"), 36.0)
+    table = table_3(out)
+    assert len(table) == 20 and table["Network, strategy"].unique().tolist() == [f"{name}, {strategy}" for strategy in ("self-supervised", "supervised") for name in ("E2E-VarNet", "VarNet")]
+    row = table.iloc[-1]
+    assert (row["PSNR SPADE"], row["PSNR random"], row["PSNR Δ"]) == pytest.approx((39.0, 36.0, 3.0)) and row["PSNR Δ (paper)"] == 2.45
+    assert table["PSNR Δ"].notna().sum() == 1 and table["PSNR SPADE"].notna().sum() == 3, "the teacher stands in both of VarNet's blocks"
+    assert for_print(table).iloc[-1]["PSNR Δ"] == "3.00 (2.45, +0.55)" and for_print(table).iloc[-2]["PSNR random"] == "– (38.03)"
+    assert r"\Delta" in to_latex(for_print(table), caption_3(out, ["varnet"]))
+
+
+def test_figures_1_and_2_draw_with_and_without_results(tmp_path):
+    rows = [dict(network="deq", ratio=ratio, iteration=k, seconds=0.01 * k, residual=0.1 / k, psnr=30 + k) for ratio in (0.0, 0.40) for k in (1, 2, 3)]
+    table = pd.DataFrame(rows)
+    for number, figure in enumerate((figure_1(), figure_2(table), figure_2(table.iloc[:0]))):
+        assert all(path.stat().st_size > 1000 for path in write_figure(figure, tmp_path / f"figure_{number}"))
+        matplotlib.pyplot.close(figure)
+
+
+def test_whole_tables_have_the_papers_names_and_parts_say_of_what():
+    assert report_name("table_2", ["deq", "varnet", "e2e-varnet"], 8) == "table_2" and report_name("table_2", ["deq", "varnet"], 8) == "table_2_deq_varnet_R8"
+
+
+def test_the_index_shows_what_is_there_and_names_what_is_missing(out):
+    write_table(table_1(out, ["varnet"]), "the caption", out / "table_1_varnet_R6")
+    (out / "figure_7_varnet_R6.png").touch()
+    page = write_index(out).read_text()
+    assert "the caption" in page and "](figure_7_varnet_R6.png)" in page and "2 complete runs (VarNet 2), 1 seed" in page
+    missing = next(line for line in page.splitlines() if "Missing" in line)
+    assert "Table 2" in missing and "Table 1" not in missing and "Figure 7" not in missing and str(out.parent) not in page

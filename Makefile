@@ -1,4 +1,5 @@
 # make demo    install, then the paper's main job on small data: prune, fine-tune, evaluate, Table 1, Figures 3 and 7 (usrnet: Tables 4 and 6, Figure 5)
+# make paper   install, then all tables and figures of a profile as one resumable batch (Snakefile): make paper PROFILE=demo, TARGETS="table_1 figure_3", CORES=2 GPUS=0
 # make test    install, then every check: export, clean notebooks, library notebooks, pytest, experiments in the smoke profile
 # make lab     JupyterLab on the notebooks
 #
@@ -7,9 +8,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lab install check-export check-clean check-notebooks check-tests check-experiments clean
+.PHONY: demo paper plan test lab install check-export check-clean check-notebooks check-tests check-experiments clean
 
 NETWORK ?= varnet
+TARGETS ?= all
+CORES ?= $(shell nproc)
+GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 PROFILE ?= demo
 ARGUMENTS ?=
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
@@ -24,6 +28,14 @@ INPUTS := constraints.txt settings.ini setup.py pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python -m spade.batch demo --network $(NETWORK) --profile $(PROFILE) $(ARGUMENTS)
 
+# Goes on after a failing job; the index then shows what there is. Run it again and only what is missing or changed is done.
+paper: $(VENV)/.installed-batch
+	@done=0; $(BIN)/snakemake $(TARGETS) --configfile config/$(PROFILE).yaml --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete --quiet rules $(ARGUMENTS) || done=$$?; \
+	$(BIN)/python -m spade.batch index --profile $(PROFILE); exit $$done
+
+plan: $(VENV)/.installed-batch
+	$(BIN)/python -m spade.batch plan --profile $(PROFILE)
+
 lab: $(VENV)/.installed-dev
 	$(BIN)/python -m jupyter lab --notebook-dir nbs
 
@@ -37,6 +49,11 @@ $(VENV)/bin/python:
 $(VENV)/.installed: $(INPUTS) | $(VENV)/bin/python
 	@echo "Installing spade into $(VENV) (once, a few minutes) ..."
 	$(PIP) $(TORCH) -e .
+	@touch $@
+
+$(VENV)/.installed-batch: $(VENV)/.installed
+	@echo "Installing what the batch needs ..."
+	$(PIP) $(TORCH) -e '.[batch]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

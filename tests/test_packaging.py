@@ -34,7 +34,7 @@ def canonical(name: str) -> str:
 
 
 def test_every_requirement_is_pinned_within_its_range(settings, pins):
-    for text in (settings["requirements"] + " " + settings["dev_requirements"]).split():
+    for text in (settings["requirements"] + " " + settings["batch_requirements"] + " " + settings["dev_requirements"]).split():
         requirement = Requirement(text)
         assert canonical(requirement.name) in pins, f"{requirement.name} is missing in constraints.txt"
         assert pins[canonical(requirement.name)] in requirement.specifier, text
@@ -43,6 +43,10 @@ def test_every_requirement_is_pinned_within_its_range(settings, pins):
 def test_nbdev_stays_below_three_and_keeps_papermills_tag(settings):
     assert "nbdev>=2.4,<3" in settings["dev_requirements"].split()
     assert settings["allowed_cell_metadata_keys"].split() == ["tags"]
+
+
+def test_developers_have_what_the_batch_needs(settings):
+    assert set(settings["batch_requirements"].split()) <= set(settings["dev_requirements"].split())
 
 
 def test_conda_gives_the_same_pins(settings, pins):
@@ -57,7 +61,7 @@ def test_conda_gives_the_same_pins(settings, pins):
 
 def test_the_running_environment_is_the_pinned_one(pins):
     from importlib.metadata import version
-    for name in ("torch", "nbdev", "torch-pruning", "papermill", "scikit-image"):
+    for name in ("torch", "nbdev", "torch-pruning", "papermill", "scikit-image", "snakemake"):
         assert Version(version(name)).public == pins[name].public
 
 
@@ -117,7 +121,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
 def test_the_readmes_commands_exist():
     text = "\n".join(readme_blocks("bash"))
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"make (\w+)", text))
+    targets = set(re.findall(r"\bmake (\w+)", text))
     assert {"demo", "test"} <= targets and all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
 
 

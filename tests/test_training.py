@@ -365,6 +365,43 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     assert not torch.allclose(ends[0], weights(tiny()), atol=1e-4)
 
 
+LAUNCHED = """
+import json, sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import test_training as t
+model = t.tiny()
+model.cnn[2].p = 0.0  # dropout draws apart in each process
+log = t.fit(model, 6, data=t.batches(8), learning_rate=1e-2)
+rank = torch.distributed.get_rank()
+assert (torch.distributed.get_backend(), torch.distributed.get_world_size()) == ("gloo", 2)
+open({folder!r} + f"/curve-{{rank}}.json", "w").write(json.dumps(log.losses))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_accelerate_launch_on_two_processes_gives_the_loss_curve_of_one_with_the_doubled_batch(tmp_path):
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--num_cpu_threads_per_process", "1", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), str(script)]
+    # the launcher of several GPUs; with this variable its processes compute on the CPU and talk by gloo (`--cpu` would need MPI)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    curves = [json.loads((tmp_path / f"curve-{rank}.json").read_text()) for rank in (0, 1)]
+    alone = tiny()
+    alone.cnn[2].p = 0.0
+    doubled = [collate([item(2 * pair), item(2 * pair + 1)]) for pair in range(4)]
+    single = fit(alone, 6, data=doubled, learning_rate=1e-2).losses
+    assert curves[0] == curves[1] and curves[0] == pytest.approx(single, rel=1e-5)
+    assert len(single) == 6 and single[4] < 0.99 * single[0], "a curve that moves; step 5 sees the data of step 1 again"
+
+
 def test_frozen_parameters_stay_and_all_frozen_is_refused():
     model = tiny()
     model.cnn[0].requires_grad_(False)

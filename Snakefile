@@ -1,0 +1,154 @@
+# The whole paper as one graph of papermill calls.
+#
+#   snakemake table_1 --configfile config/demo.yaml --cores 2        just what Table 1 needs
+#   snakemake all --configfile config/gpu.yaml --cores 16 --resources gpu=2 --keep-going
+#   snakemake all --configfile config/gpu.yaml --workflow-profile config/slurm
+#
+# Targets: table_1 ... table_6, figure_1 ... figure_8, figure_steps, all. `-n` tells what would be done, `--config` changes where:
+#   results=folder        instead of outputs/PROFILE
+#   acquisitions=folder   of HDF5 files, instead of the profile's
+#   partial=true          tables and figures of what is there, without making what is missing
+#
+# What a job executed is in its notebook: runs/RUN/run.ipynb, latency/NETWORK.ipynb, notebooks/REPORT.ipynb. These are declared as logs, since Snakemake removes the outputs of
+# a job that failed, but keeps its logs. The training state in runs/RUN/state is no output either: a job that was killed goes on from it.
+import sys
+from pathlib import Path
+
+sys.path.insert(0, workflow.basedir)      # spade of this checkout
+from snakemake.exceptions import WorkflowError
+
+from spade import batch
+from spade.files import content_key
+from spade.profiles import as_plain, load_profile, resolve
+
+workdir: workflow.basedir
+
+if not workflow.configfiles:
+    raise WorkflowError("name a profile, for instance --configfile config/demo.yaml")
+
+PROFILE = load_profile(Path(workflow.configfiles[-1]).stem)
+OUT = batch.relative(resolve(config.get("results", f"outputs/{PROFILE.name}")))
+DATA = config.get("acquisitions", "")
+PARTIAL = str(config.get("partial", False)).lower() == "true"
+RUNS, REPORTS = batch.paper_runs(PROFILE), batch.paper_reports(PROFILE)
+MADE = batch.read_runs(OUT)               # tells what memory and time to reserve
+GPU = {"gpu": 1} if batch.uses_gpu(PROFILE) else {}
+PYTHON = f"{sys.executable} -m spade.batch"
+CALL = f"{PYTHON} job --profile {PROFILE.name} --notebook {{params.notebook}} --output {{log.notebook:q}} --threads {{params.threads}} --gpus {len(GPU)} --parameters {{params.parameters:q}}"
+ACCELERATIONS = sorted({run.acceleration for run in RUNS.values() if not run.super_resolution})
+
+if workflow.is_main_process and (workflow.dryrun or not workflow.touch):
+    print(batch.tell_plan(PROFILE, resolve(OUT)), file=sys.stderr)
+
+
+wildcard_constraints:
+    run=r"[\w.-]+",
+    network="|".join(PROFILE.networks),
+    acceleration=r"\d+",
+
+
+def job_of(name):
+    """The papermill call of a run."""
+    run = RUNS[name]
+    return batch.job_of(run, PROFILE, resolve(OUT), DATA, "" if run.strategy else batch.ready_teacher(run, PROFILE))
+
+
+def maps_of(name):
+    """The mark that a run's acquisitions and coil maps are there."""
+    return [] if RUNS[name].super_resolution else [f"{OUT}/data/R{RUNS[name].acceleration}.json"]
+
+
+rule all:
+    input:
+        [f"{OUT}/{name}" for report in REPORTS.values() for name in report.files],
+        f"{OUT}/index.md",
+
+
+# Simulate once, then estimate the coil maps of each acceleration. Both keep what is there already.
+rule acquisitions:
+    output: f"{OUT}/data/R0.json"
+    params: data=DATA, key=content_key(as_plain(PROFILE.data))
+    threads: PROFILE.threads
+    resources: mem_mb=4000, runtime=120
+    benchmark: f"{OUT}/benchmarks/acquisitions/acquisitions.tsv"
+    shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration 0 --data {{params.data:q}} --output {{output:q}}"
+
+
+rule maps:
+    input: f"{OUT}/data/R0.json"
+    output: f"{OUT}/data/R{{acceleration,[1-9]\\d*}}.json"
+    params: data=DATA, key=content_key(as_plain(PROFILE.sampling), PROFILE.data.seed if PROFILE.data else 0)
+    threads: PROFILE.threads
+    resources: mem_mb=4000, runtime=240
+    benchmark: f"{OUT}/benchmarks/maps/R{{acceleration}}.tsv"
+    shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration {{wildcards.acceleration}} --data {{params.data:q}} --output {{output:q}}"
+
+
+# A run has four files that others read; the weights of a teacher come before its students.
+for RULE, NAMES in (("pretrain", r"[\w.-]+-teacher-seed\d+"), ("finetune", r"[\w.-]+-(?:supervised|school)(?:-random)?-seed\d+")):
+    rule:
+        name: RULE
+        wildcard_constraints: run=NAMES
+        input:
+            maps=lambda wildcards: maps_of(wildcards.run),
+            teacher=lambda wildcards: [f"{OUT}/runs/{RUNS[wildcards.run].teacher.name}/network.safetensors"] if RUNS[wildcards.run].strategy else [],
+        output: [f"{OUT}/runs/{{run}}/{name}" for name in ("result.json", "network.safetensors", "metrics.csv", "images.npz")]
+        log: notebook=f"{OUT}/runs/{{run}}/run.ipynb"
+        benchmark: f"{OUT}/benchmarks/{RULE}/{{run}}.tsv"
+        params:
+            notebook=RULE,
+            parameters=lambda wildcards: batch.yaml.safe_dump(job_of(wildcards.run).parameters, default_flow_style=True, width=10**6).strip(),
+            threads=PROFILE.threads,
+            key=lambda wildcards: batch.settings_key(RUNS[wildcards.run], PROFILE),
+        threads: PROFILE.threads
+        resources:
+            mem_mb=lambda wildcards: batch.memory_mb(RUNS[wildcards.run], PROFILE, MADE),
+            runtime=lambda wildcards: batch.minutes_to_reserve(RUNS[wildcards.run], PROFILE, MADE),
+            **GPU,
+        shell: CALL
+
+
+# Time is measured while nothing else runs: on one machine the job takes all cores.
+rule latency:
+    output: f"{OUT}/latency/{{network}}.json"
+    log: notebook=f"{OUT}/latency/{{network}}.ipynb"
+    benchmark: f"{OUT}/benchmarks/latency/{{network}}.tsv"
+    params:
+        notebook="latency",
+        parameters=lambda wildcards: batch.yaml.safe_dump(batch.latency_job(wildcards.network, PROFILE, resolve(OUT)).parameters, default_flow_style=True, width=10**6).strip(),
+        threads=PROFILE.latency.threads,
+        key=lambda wildcards: content_key(as_plain(PROFILE.latency), list(PROFILE.ratios), as_plain(PROFILE.networks[wildcards.network])["arguments"], batch.known_code_key("latency")),
+    threads: max(PROFILE.latency.threads, (workflow.resource_settings.cores or 1) if not workflow.non_local_exec else 1)
+    resources: mem_mb=16000, runtime=60, **GPU
+    shell: CALL
+
+
+def needed(report):
+    """The files that a report reads; with partial=true, those of them that are there."""
+    paths = [f"{OUT}/runs/{run.name}/{name}" for run in report.runs for name in report.reads] + [f"{OUT}/latency/{network}.json" for network in report.timed]
+    return [path for path in paths if not PARTIAL or resolve(path).is_file()]
+
+
+for REPORT in REPORTS.values():
+    rule:
+        name: REPORT.name
+        input: needed(REPORT)
+        output: [f"{OUT}/{name}" for name in REPORT.files]
+        log: notebook=f"{OUT}/notebooks/{REPORT.name}.ipynb"
+        benchmark: f"{OUT}/benchmarks/report/{REPORT.name}.tsv"
+        params:
+            notebook=REPORT.name,
+            parameters=batch.yaml.safe_dump({**REPORT.parameters, "profile": PROFILE.name, "out": OUT}, default_flow_style=True, width=10**6).strip(),
+            threads=1,
+            key=batch.report_key(REPORT),
+        threads: 1
+        resources: mem_mb=2000, runtime=30
+        shell: CALL
+
+
+# The page that shows them all; --keep-going leaves it out when one of them failed: then `python -m spade.batch index --profile PROFILE` makes it of what is there.
+rule index:
+    input: [f"{OUT}/{name}" for report in REPORTS.values() for name in report.files]
+    output: f"{OUT}/index.md", f"{OUT}/resources.md", f"{OUT}/resources.csv"
+    resources: mem_mb=2000, runtime=10
+    shell: f"{PYTHON} index --profile {PROFILE.name} --out {{OUT:q}}"

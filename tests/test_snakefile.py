@@ -1,0 +1,248 @@
+"""The batch of the whole paper: which jobs a target needs, what a change makes again, how a failure is told, one job a GPU."""
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from spade.batch import (estimate, job_resources, known_code_key, main, minutes_to_reserve, own_gpu, paper_reports, paper_runs, plan, report_key, resources_by_rule, settings_key, tell_plan, visible_gpus,
+                         write_resources)
+from spade.experiment import Run
+from spade.files import write_json
+from spade.profiles import as_plain, load_profile
+
+ROOT = Path(__file__).resolve().parents[1]
+pytest.importorskip("snakemake")
+
+
+def arguments(out: Path, profile: str = "config/smoke.yaml", **config: str) -> list[str]:
+    """Of Snakemake, for a profile and results in `out`."""
+    settings = {"results": out, "acquisitions": f"{out}/acquisitions", **config}
+    return [*(["--configfile", profile] if profile else []), "--config", *(f"{name}={value}" for name, value in settings.items()), "--cores", "1", "--nocolor"]
+
+
+def snakemake(*what: str, out: Path | str = "out", profile: str = "config/smoke.yaml") -> str:
+    """What `snakemake` logs, in the present folder. In this process: importing torch for each call would take most of the time."""
+    from snakemake import cli
+    logger, handler = logging.getLogger("snakemake.logging"), logging.StreamHandler(io.StringIO())
+    known_code_key.cache_clear()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.addHandler(handler)
+        try:
+            code = cli.main([*what, *arguments(out, profile)])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            logger.removeHandler(handler)
+    return f"{handler.stream.getvalue()}\nended with {int(code or 0)}"
+
+
+def jobs(told: str) -> dict[str, int]:
+    """Jobs by rule in what a dry run prints."""
+    assert told.endswith("ended with 0"), told[-3000:]
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", told, re.M)}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A copy of what the batch reads, so that a test can change it."""
+    for name in ("config", "nbs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "Snakefile", tmp_path / "Snakefile")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    return tmp_path
+
+
+# Which jobs
+
+def test_a_target_needs_its_own_runs_and_no_others(project):
+    found = jobs(snakemake("table_3", "-n", "--quiet", "rules", out=project / "out"))
+    assert found == {"acquisitions": 1, "maps": 1, "pretrain": 2, "finetune": 6, "table_3": 1, "total": 11}, "two networks at R = 6: supervised, self-supervised, random start"
+
+
+def test_every_table_and_figure_of_the_paper_is_a_target():
+    reports = paper_reports(load_profile("gpu"))
+    assert {f"table_{n}" for n in range(1, 7)} | {f"figure_{n}" for n in range(1, 9)} <= set(reports)
+    assert all((ROOT / "nbs" / "experiments" / f"{name}.ipynb").is_file() for name in reports)
+    files = [name for report in reports.values() for name in report.files]
+    assert len(files) == len(set(files))
+
+
+def test_the_gpu_profile_is_the_paper_with_three_seeds():
+    profile = load_profile("gpu")
+    runs = paper_runs(profile).values()
+    assert profile.seeds == (0, 1, 2) and profile.ratios == (0.05, 0.10, 0.20, 0.40)
+    for network in ("deq", "varnet", "e2e-varnet"):
+        of_network = [run for run in runs if run.network == network]
+        assert {run.acceleration for run in of_network} == {6, 8, 10} and sum(not run.strategy for run in of_network) == 9
+        assert sum(bool(run.strategy) and run.start == "pruned" for run in of_network) == 3 * 3 * 4 * 3
+        assert sum(run.start == "random" for run in of_network) == (0 if network == "deq" else 3 * 8), "Table 3 is of the two VarNets"
+
+
+def test_without_a_profile_the_batch_says_how_to_name_one(project):
+    told = snakemake("-n", "all", profile="")
+    assert told.endswith("ended with 1") and "--configfile config/demo.yaml" in told
+
+
+# What a change makes again
+
+def pretend(project: Path) -> Path:
+    """All files that Figure 6 of the smoke profile needs, empty, and in Snakemake's books."""
+    out, profile = project / "out", load_profile("smoke")
+    runs = paper_reports(profile)["figure_6"].runs
+    order = [out / "data" / "R0.json", out / "data" / "R6.json", *(run.folder(out) / name for run in runs for name in ("network.safetensors", "result.json", "metrics.csv", "images.npz")),
+             *(out / name for name in (*paper_reports(profile)["figure_6"].files, "benchmarks/report/figure_6.tsv"))]
+    for number, path in enumerate(order):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"run": as_plain(runs[0])}) if path.suffix == ".json" else "")
+        os.utime(path, (time.time() - 1000 + number,) * 2)
+    for path in out.glob("runs/*/result.json"):
+        path.write_text(json.dumps({"run": {"network": "deq"}, "device": "CPU", "seconds": 1.0}))
+    assert snakemake("figure_6", "--touch", "--forceall", out=out).endswith("ended with 0")
+    return out
+
+
+def test_a_change_makes_again_what_depends_on_it_and_nothing_else(project):
+    out = pretend(project)
+    again = lambda: jobs(snakemake("figure_6", "-n", "--quiet", "rules", out=out))
+    assert again() == {}, "everything is there"
+
+    config = project / "config" / "smoke.yaml"
+    before = config.read_text()
+    settings = json.loads(json.dumps(yaml.safe_load(before)))       # an alias of YAML would change in all its places
+    settings["networks"]["deq"]["finetuning"]["school"]["steps"] = 5
+    settings["networks"]["varnet"]["pretraining"]["steps"] = 7
+    settings["latency"]["repeats"] = 9
+    config.write_text(yaml.safe_dump(settings))
+    assert again() == {"finetune": 1, "figure_6": 1, "total": 2}, "one student has another number of steps"
+    config.write_text(before)
+
+    for name, expected in (("finetune", {"finetune": 3, "figure_6": 1, "total": 4}), ("figure_6", {"figure_6": 1, "total": 1}), ("table_1", {})):
+        path = project / "nbs" / "experiments" / f"{name}.ipynb"
+        text = path.read_text()
+        notebook = json.loads(text)
+        next(cell for cell in reversed(notebook["cells"]) if cell["cell_type"] == "code")["source"].append("\nprint('changed')")
+        notebook["cells"][0]["source"].append("\nother words")
+        path.write_text(json.dumps(notebook))
+        assert again() == expected, name
+        path.write_text(text)
+        os.utime(path, (0, 0))
+    assert again() == {}
+
+
+def test_another_comment_in_a_notebook_makes_nothing_again(project):
+    report = paper_reports(load_profile("smoke"))["figure_1"]
+    key = report_key(report)
+    path = project / "nbs" / "experiments" / "figure_1.ipynb"
+    path.write_text(path.read_text().replace("figure = figure_1()", "# another comment\\nfigure = figure_1()"))
+    assert report_key(report) == key
+    path.write_text(path.read_text().replace("figure = figure_1()", "figure = figure_1( )\\nfigure"))
+    assert report_key(report) != key
+
+
+def test_the_key_of_settings_does_not_wait_for_data_or_teacher():
+    run, profile = Run("varnet", 6, 0.40, "school"), load_profile("paper")
+    assert settings_key(run, profile) == settings_key(run, profile) != settings_key(Run("varnet", 8, 0.40, "school"), profile)
+    assert settings_key(Run("usrnet"), profile), "photographs that are not there yet"
+
+
+# Failing and going on
+
+def small_notebook(path: Path, cell: str) -> None:
+    """A notebook with the parameters of a figure and one cell, without imports that take long."""
+    cells = [nbformat.v4.new_code_cell("profile = ''\nout = ''\nseed = 0", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(cell)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+
+
+def test_a_failing_job_names_notebook_parameters_and_cell_and_the_others_go_on(project):
+    """With partial=true neither figure waits for runs."""
+    out = project / "out"
+    small_notebook(project / "nbs" / "experiments" / "figure_6.ipynb", "image = open('no such image')")
+    small_notebook(project / "nbs" / "experiments" / "figure_1.ipynb", "from pathlib import Path\nfor kind in ('png', 'pdf'): Path(out, f'figure_1.{kind}').touch()")
+    command = [sys.executable, "-m", "snakemake", "figure_6", "figure_1", "--keep-going", *arguments(out, partial="true")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    told = done.stdout + done.stderr
+    assert done.returncode and "figure_6.ipynb (" in told and "profile='smoke'" in told and "FileNotFoundError: [Errno 2] No such file or directory: 'no such image'" in told, told[-3000:]
+    assert "cell In [3]: image = open('no such image')" in told
+    assert (out / "figure_1.png").is_file() and (out / "notebooks" / "figure_6.ipynb").is_file(), "the executed notebook of the failure is kept"
+    assert not (out / "figure_6_deq_R6.png").exists()
+
+
+def test_the_command_of_a_job_returns_1_on_failure(tmp_path, capsys):
+    assert main(["job", "--profile", "smoke", "--notebook", "nothing_like_it", "--output", str(tmp_path / "run.ipynb"), "--parameters", "{x: 1}"]) == 1
+    told = capsys.readouterr().err
+    assert "nothing_like_it.ipynb (x=1) failed" in told
+
+
+# Time, memory, GPUs
+
+def test_the_plan_counts_what_is_there_and_tells_an_estimate(tmp_path, capsys):
+    profile = load_profile("smoke")
+    table = plan(profile, tmp_path)
+    assert table["jobs"].tolist() == [10, 32, 4, 15] and not table["there"].any()
+    run = Run("deq", 6, 0.40, "school")
+    write_json(run.folder(tmp_path) / "result.json", {"run": as_plain(run), "device": "CPU", "seconds": 40.0, "training_seconds": 30.0, "peak_memory_mb": 500, "profile": as_plain(profile)})
+    assert not plan(profile, tmp_path)["there"].any(), "a result without its weights"
+    (run.folder(tmp_path) / "network.safetensors").touch()
+    assert plan(profile, tmp_path)["there"].tolist() == [0, 1, 0, 0]
+    assert main(["plan", "--profile", "smoke", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "61 jobs, 60 to do" in told and "min with 2 side by side" in told and "from measured runs" in told
+    assert "on 1 GPU, " in tell_plan(load_profile("gpu"), tmp_path) and "on 16 GPUs" in tell_plan(load_profile("paper"), tmp_path)
+
+
+def test_a_loaded_teacher_takes_no_step():
+    profile = load_profile("demo")
+    assert estimate(Run("varnet"), profile, [], to_train=False)[0] < estimate(Run("varnet"), profile, [])[0]
+    assert minutes_to_reserve(Run("varnet"), profile, []) > 10
+
+
+def test_what_jobs_took_is_summed_by_rule(tmp_path):
+    profile = as_plain(load_profile("smoke"))
+    for run, seconds, memory in ((Run("deq"), 600.0, 900), (Run("deq", 6, 0.40, "school"), 60.0, 700), (Run("deq", 6, 0.40, "supervised"), 180.0, 800)):
+        write_json(run.folder(tmp_path) / "result.json", {"run": as_plain(run), "device": "CPU", "seconds": seconds, "training_seconds": seconds / 2, "peak_memory_mb": memory, "profile": profile})
+    benchmark = tmp_path / "benchmarks" / "latency" / "deq.tsv"
+    benchmark.parent.mkdir(parents=True)
+    benchmark.write_text("s\th:m:s\tmax_rss\tcpu_time\n120.0\t0:02:00\t450.5\tNA\n")
+    jobs_table = job_resources(tmp_path)
+    by_rule = resources_by_rule(jobs_table)
+    assert by_rule.loc["finetune"].tolist() == [2, 4.0, 3.0, 2.0, 800] and by_rule.loc["latency", "wall (min)"] == 2.0
+    assert by_rule.loc["all", ["jobs", "wall (min)", "peak memory (MB)"]].tolist() == [4, 16.0, 900]
+    text = write_resources(tmp_path).read_text()
+    assert "| finetune | 2 | 4.0 |" in text and len(pd.read_csv(tmp_path / "resources.csv")) == 4
+
+
+def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
+    code = "import sys; from spade.batch import own_gpu\nwith own_gpu(['0', '1'], sys.argv[1], pause=0.05) as gpu: print(gpu, flush=True); sys.stdin.read()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with own_gpu(["0", "1"], tmp_path) as first:
+        other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert (first, other.stdout.readline().strip()) == ("0", "1")
+        other.kill()        # the operating system opens the lock again
+        other.communicate()
+        with own_gpu(["0", "1"], tmp_path) as second:
+            assert second == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert visible_gpus() == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+
+
+def test_the_slurm_profile_is_one_that_snakemake_reads():
+    settings = yaml.safe_load((ROOT / "config" / "slurm" / "config.yaml").read_text())
+    assert settings["executor"] == "slurm" and {"mem_mb", "runtime"} <= set(settings["default-resources"])

@@ -7,7 +7,7 @@
 # Targets: table_1 ... table_6, figure_1 ... figure_8, figure_steps, all. `-n` tells what would be done, `--config` changes where:
 #   results=folder        instead of outputs/PROFILE
 #   acquisitions=folder   of HDF5 files, instead of the profile's
-#   partial=true          tables and figures of what is there, without making what is missing
+#   partial=true          tables and figures of what is there; no run is made, none again
 #
 # What a job executed is in its notebook: runs/RUN/run.ipynb, latency/NETWORK.ipynb, notebooks/REPORT.ipynb. These are declared as logs, since Snakemake removes the outputs of
 # a job that failed, but keeps its logs. The training state in runs/RUN/state is no output either: a job that was killed goes on from it.
@@ -64,63 +64,65 @@ rule all:
         f"{OUT}/index.md",
 
 
-# Simulate once, then estimate the coil maps of each acceleration. Both keep what is there already.
-rule acquisitions:
-    output: f"{OUT}/data/R0.json"
-    params: data=DATA, key=content_key(as_plain(PROFILE.data))
-    threads: PROFILE.threads
-    resources: mem_mb=4000, runtime=120
-    benchmark: f"{OUT}/benchmarks/acquisitions/acquisitions.tsv"
-    shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration 0 --data {{params.data:q}} --output {{output:q}}"
+if not PARTIAL:
 
-
-rule maps:
-    input: f"{OUT}/data/R0.json"
-    output: f"{OUT}/data/R{{acceleration,[1-9]\\d*}}.json"
-    params: data=DATA, key=content_key(as_plain(PROFILE.sampling), PROFILE.data.seed if PROFILE.data else 0)
-    threads: PROFILE.threads
-    resources: mem_mb=4000, runtime=240
-    benchmark: f"{OUT}/benchmarks/maps/R{{acceleration}}.tsv"
-    shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration {{wildcards.acceleration}} --data {{params.data:q}} --output {{output:q}}"
-
-
-# A run has four files that others read; the weights of a teacher come before its students.
-for RULE, NAMES in (("pretrain", r"[\w.-]+-teacher-seed\d+"), ("finetune", r"[\w.-]+-(?:supervised|school)(?:-random)?-seed\d+")):
-    rule:
-        name: RULE
-        wildcard_constraints: run=NAMES
-        input:
-            maps=lambda wildcards: maps_of(wildcards.run),
-            teacher=lambda wildcards: [f"{OUT}/runs/{RUNS[wildcards.run].teacher.name}/network.safetensors"] if RUNS[wildcards.run].strategy else [],
-        output: [f"{OUT}/runs/{{run}}/{name}" for name in ("result.json", "network.safetensors", "metrics.csv", "images.npz")]
-        log: notebook=f"{OUT}/runs/{{run}}/run.ipynb"
-        benchmark: f"{OUT}/benchmarks/{RULE}/{{run}}.tsv"
-        params:
-            notebook=RULE,
-            parameters=lambda wildcards: batch.yaml.safe_dump(job_of(wildcards.run).parameters, default_flow_style=True, width=10**6).strip(),
-            threads=PROFILE.threads,
-            key=lambda wildcards: batch.settings_key(RUNS[wildcards.run], PROFILE),
+    # Simulate once, then estimate the coil maps of each acceleration. Both keep what is there already.
+    rule acquisitions:
+        output: f"{OUT}/data/R0.json"
+        params: data=DATA, key=content_key(as_plain(PROFILE.data))
         threads: PROFILE.threads
-        resources:
-            mem_mb=lambda wildcards: batch.memory_mb(RUNS[wildcards.run], PROFILE, MADE),
-            runtime=lambda wildcards: batch.minutes_to_reserve(RUNS[wildcards.run], PROFILE, MADE),
-            **GPU,
+        resources: mem_mb=4000, runtime=120
+        benchmark: f"{OUT}/benchmarks/acquisitions/acquisitions.tsv"
+        shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration 0 --data {{params.data:q}} --output {{output:q}}"
+
+
+    rule maps:
+        input: f"{OUT}/data/R0.json"
+        output: f"{OUT}/data/R{{acceleration,[1-9]\\d*}}.json"
+        params: data=DATA, key=content_key(as_plain(PROFILE.sampling), PROFILE.data.seed if PROFILE.data else 0)
+        threads: PROFILE.threads
+        resources: mem_mb=4000, runtime=240
+        benchmark: f"{OUT}/benchmarks/maps/R{{acceleration}}.tsv"
+        shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration {{wildcards.acceleration}} --data {{params.data:q}} --output {{output:q}}"
+
+
+    # A run has four files that others read; the weights of a teacher come before its students.
+    for RULE, NAMES in (("pretrain", r"[\w.-]+-teacher-seed\d+"), ("finetune", r"[\w.-]+-(?:supervised|school)(?:-random)?-seed\d+")):
+        rule:
+            name: RULE
+            wildcard_constraints: run=NAMES
+            input:
+                maps=lambda wildcards: maps_of(wildcards.run),
+                teacher=lambda wildcards: [f"{OUT}/runs/{RUNS[wildcards.run].teacher.name}/network.safetensors"] if RUNS[wildcards.run].strategy else [],
+            output: [f"{OUT}/runs/{{run}}/{name}" for name in ("result.json", "network.safetensors", "metrics.csv", "images.npz")]
+            log: notebook=f"{OUT}/runs/{{run}}/run.ipynb"
+            benchmark: f"{OUT}/benchmarks/{RULE}/{{run}}.tsv"
+            params:
+                notebook=RULE,
+                parameters=lambda wildcards: batch.yaml.safe_dump(job_of(wildcards.run).parameters, default_flow_style=True, width=10**6).strip(),
+                threads=PROFILE.threads,
+                key=lambda wildcards: batch.settings_key(RUNS[wildcards.run], PROFILE),
+            threads: PROFILE.threads
+            resources:
+                mem_mb=lambda wildcards: batch.memory_mb(RUNS[wildcards.run], PROFILE, MADE),
+                runtime=lambda wildcards: batch.minutes_to_reserve(RUNS[wildcards.run], PROFILE, MADE),
+                **GPU,
+            shell: CALL
+
+
+    # Time is measured while nothing else runs: on one machine the job takes all cores.
+    rule latency:
+        output: f"{OUT}/latency/{{network}}.json"
+        log: notebook=f"{OUT}/latency/{{network}}.ipynb"
+        benchmark: f"{OUT}/benchmarks/latency/{{network}}.tsv"
+        params:
+            notebook="latency",
+            parameters=lambda wildcards: batch.yaml.safe_dump(batch.latency_job(wildcards.network, PROFILE, resolve(OUT)).parameters, default_flow_style=True, width=10**6).strip(),
+            threads=PROFILE.latency.threads,
+            key=lambda wildcards: content_key(as_plain(PROFILE.latency), list(PROFILE.ratios), as_plain(PROFILE.networks[wildcards.network])["arguments"], batch.known_code_key("latency")),
+        threads: max(PROFILE.latency.threads, (workflow.resource_settings.cores or 1) if not workflow.non_local_exec else 1)
+        resources: mem_mb=16000, runtime=60, **GPU
         shell: CALL
-
-
-# Time is measured while nothing else runs: on one machine the job takes all cores.
-rule latency:
-    output: f"{OUT}/latency/{{network}}.json"
-    log: notebook=f"{OUT}/latency/{{network}}.ipynb"
-    benchmark: f"{OUT}/benchmarks/latency/{{network}}.tsv"
-    params:
-        notebook="latency",
-        parameters=lambda wildcards: batch.yaml.safe_dump(batch.latency_job(wildcards.network, PROFILE, resolve(OUT)).parameters, default_flow_style=True, width=10**6).strip(),
-        threads=PROFILE.latency.threads,
-        key=lambda wildcards: content_key(as_plain(PROFILE.latency), list(PROFILE.ratios), as_plain(PROFILE.networks[wildcards.network])["arguments"], batch.known_code_key("latency")),
-    threads: max(PROFILE.latency.threads, (workflow.resource_settings.cores or 1) if not workflow.non_local_exec else 1)
-    resources: mem_mb=16000, runtime=60, **GPU
-    shell: CALL
 
 
 def needed(report):
@@ -138,7 +140,7 @@ for REPORT in REPORTS.values():
         benchmark: f"{OUT}/benchmarks/report/{REPORT.name}.tsv"
         params:
             notebook=REPORT.name,
-            parameters=batch.yaml.safe_dump({**REPORT.parameters, "profile": PROFILE.name, "out": OUT}, default_flow_style=True, width=10**6).strip(),
+            parameters=batch.yaml.safe_dump({**REPORT.parameters, **({"data": DATA} if REPORT.name == "figure_2" else {}), "profile": PROFILE.name, "out": OUT}, default_flow_style=True, width=10**6).strip(),
             threads=1,
             key=batch.report_key(REPORT),
         threads: 1

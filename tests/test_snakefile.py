@@ -33,7 +33,7 @@ def arguments(out: Path, profile: str = "config/smoke.yaml", **config: str) -> l
     return [*(["--configfile", profile] if profile else []), "--config", *(f"{name}={value}" for name, value in settings.items()), "--cores", "1", "--nocolor"]
 
 
-def snakemake(*what: str, out: Path | str = "out", profile: str = "config/smoke.yaml") -> str:
+def snakemake(*what: str, out: Path | str = "out", profile: str = "config/smoke.yaml", **config: str) -> str:
     """What `snakemake` logs, in the present folder. In this process: importing torch for each call would take most of the time."""
     from snakemake import cli
     logger, handler = logging.getLogger("snakemake.logging"), logging.StreamHandler(io.StringIO())
@@ -42,7 +42,7 @@ def snakemake(*what: str, out: Path | str = "out", profile: str = "config/smoke.
         warnings.simplefilter("ignore")
         logger.addHandler(handler)
         try:
-            code = cli.main([*what, *arguments(out, profile)])
+            code = cli.main([*what, *arguments(out, profile, **config)])
         except SystemExit as end:
             code = end.code
         finally:
@@ -91,6 +91,11 @@ def test_the_gpu_profile_is_the_paper_with_three_seeds():
         assert {run.acceleration for run in of_network} == {6, 8, 10} and sum(not run.strategy for run in of_network) == 9
         assert sum(bool(run.strategy) and run.start == "pruned" for run in of_network) == 3 * 3 * 4 * 3
         assert sum(run.start == "random" for run in of_network) == (0 if network == "deq" else 3 * 8), "Table 3 is of the two VarNets"
+
+
+def test_a_partial_table_makes_no_run(project):
+    found = jobs(snakemake("table_1", "figure_2", "-n", "--quiet", "rules", out=project / "out", partial="true"))
+    assert found == {"table_1": 1, "figure_2": 1, "total": 2}
 
 
 def test_without_a_profile_the_batch_says_how_to_name_one(project):

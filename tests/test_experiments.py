@@ -346,7 +346,8 @@ def sleeping(tmp_path: Path) -> Path:
 
 def test_interrupting_a_batch_ends_its_jobs_down_to_the_kernel(tmp_path):
     notebook, began = sleeping(tmp_path), [tmp_path / f"began_{i}" for i in range(2)]
-    script = ("import sys\nfrom pathlib import Path\nfrom spade.batch import Job, run_jobs\n"
+    script = ("import signal, sys\nfrom pathlib import Path\nfrom spade.batch import Job, run_jobs\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"       # a shell lets background jobs ignore it
               f"jobs = [Job(str(i), Path({str(notebook)!r}), Path({str(tmp_path)!r}) / f'{{i}}.ipynb', {{'began': {str(tmp_path)!r} + f'/began_{{i}}'}}) for i in range(3)]\n"
               "try:\n    run_jobs(jobs, workers=2)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n")
     batch = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

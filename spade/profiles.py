@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'RANGES', 'PHOTO_NETWORKS', 'PACKAGES', 'choose', 'Simulation', 'Data', 'Sampling', 'Photos', 'Training',
-           'Equivariance', 'NetworkSettings', 'Latency', 'Profile', 'read_as', 'read_dataclass', 'project_root',
-           'resolve', 'profile_names', 'override', 'check_names', 'check_values', 'check_parts', 'load_profile',
-           'as_plain', 'commit', 'versions', 'pick_device', 'describe_device', 'provenance']
+           'Equivariance', 'Transfer', 'NetworkSettings', 'Latency', 'Profile', 'read_as', 'read_dataclass',
+           'project_root', 'resolve', 'profile_names', 'override', 'check_names', 'check_values', 'check_parts',
+           'load_profile', 'as_plain', 'commit', 'versions', 'pick_device', 'describe_device', 'provenance']
 
 # %% ../nbs/25_profiles.ipynb #c003
 import json
@@ -124,6 +124,13 @@ class Equivariance:
 
 # %% ../nbs/25_profiles.ipynb #c021
 @dataclass(frozen=True)
+class Transfer:
+    """Teachers that go on from the shipped teacher of another acceleration instead of random weights."""
+    acceleration: int       # of the shipped teacher
+    training: Training      # instead of `pretraining`, at every other acceleration
+
+# %% ../nbs/25_profiles.ipynb #c023
+@dataclass(frozen=True)
 class NetworkSettings:
     """A network's size and how long it and its students are trained."""
     arguments: Mapping[str, Any] = field(default_factory=dict)      # of the constructor; empty: the paper's size
@@ -131,8 +138,17 @@ class NetworkSettings:
     finetuning: Mapping[str, Training] = field(default_factory=dict)  # by strategy; students are made by those that are here
     self_supervised: Equivariance | None = None                     # absent: the profile's
     published: str = ""                                             # a teacher's weights in their authors' format, instead of pretraining
+    transfer: Transfer | None = None                                # for CS-MRI; absent: every teacher is trained from random weights
 
-# %% ../nbs/25_profiles.ipynb #c023
+    def is_transferred(self, acceleration: int) -> bool:
+        """Whether a teacher of this acceleration goes on from one of another."""
+        return self.transfer is not None and acceleration != self.transfer.acceleration
+
+    def teaching(self, acceleration: int) -> Training:
+        """The training of a teacher of this acceleration."""
+        return self.transfer.training if self.is_transferred(acceleration) else self.pretraining
+
+# %% ../nbs/25_profiles.ipynb #c026
 @dataclass(frozen=True)
 class Latency:
     """What is timed, and how."""
@@ -146,7 +162,7 @@ class Latency:
     warmup: int = 3
     threads: int = 1             # on a CPU
 
-# %% ../nbs/25_profiles.ipynb #c024
+# %% ../nbs/25_profiles.ipynb #c027
 @dataclass(frozen=True)
 class Profile:
     """Everything that an experiment needs to know besides its own parameters."""
@@ -166,7 +182,7 @@ class Profile:
     workers: int = 1                             # runs side by side
     threads: int = 1                             # CPU threads of each run
 
-# %% ../nbs/25_profiles.ipynb #c026
+# %% ../nbs/25_profiles.ipynb #c029
 def read_as(kind: Any, value: Any, key: str) -> Any:
     """`value`, as it comes from YAML, as an instance of the annotation `kind`; `key` is its full name for messages."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
@@ -184,7 +200,7 @@ def read_as(kind: Any, value: Any, key: str) -> Any:
         return float(value) if kind is float else value
     raise ValueError(f"{key} is {value!r}, which is no {getattr(kind, '__name__', kind) if not inner else kind}")
 
-# %% ../nbs/25_profiles.ipynb #c027
+# %% ../nbs/25_profiles.ipynb #c030
 def read_dataclass(kind: type, value: Any, key: str) -> Any:
     """An instance of the dataclass `kind` from a mapping; refuses unknown and missing keys by their full name."""
     if not isinstance(value, Mapping):
@@ -198,7 +214,7 @@ def read_dataclass(kind: type, value: Any, key: str) -> Any:
         raise ValueError(f"{key} lacks {', '.join(missing)}")
     return kind(**{name: read_as(hints[name], part, f"{key}.{name}") for name, part in value.items()})
 
-# %% ../nbs/25_profiles.ipynb #c033
+# %% ../nbs/25_profiles.ipynb #c036
 def project_root(start: str | Path = ".") -> Path:
     """The nearest folder from `start` upwards with profiles in `config/`; FileNotFoundError if there is none."""
     package = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
@@ -207,7 +223,7 @@ def project_root(start: str | Path = ".") -> Path:
             return folder
     raise FileNotFoundError(f"no folder config/ with profiles in {Path(start).resolve()} or above it")
 
-# %% ../nbs/25_profiles.ipynb #c034
+# %% ../nbs/25_profiles.ipynb #c037
 def resolve(path: str | Path) -> Path:
     """`path` itself if it is absolute, otherwise from the project's root."""
     return Path(path) if Path(path).is_absolute() else project_root() / path
@@ -217,7 +233,7 @@ def profile_names() -> list[str]:
     """The profiles in `config/`, by name."""
     return sorted(path.stem for path in (project_root() / "config").glob("*.yaml"))
 
-# %% ../nbs/25_profiles.ipynb #c037
+# %% ../nbs/25_profiles.ipynb #c040
 def override(mapping: dict, key: str, value: Any) -> None:
     """Set `mapping["a"]["b"]` for the key "a.b", in place."""
     *folders, last = key.split(".")
@@ -225,14 +241,14 @@ def override(mapping: dict, key: str, value: Any) -> None:
         mapping = mapping.setdefault(name, {})
     mapping[last] = value
 
-# %% ../nbs/25_profiles.ipynb #c040
+# %% ../nbs/25_profiles.ipynb #c043
 def check_names(profile: Profile) -> None:
     """Refuse a profile whose names of networks, strategies, schedules, … are not known."""
     for network, settings in profile.networks.items():
         choose("network", network, NETWORKS)
         for strategy in settings.finetuning:
             choose("strategy", strategy, STRATEGIES)
-        for training in (settings.pretraining, *settings.finetuning.values()):
+        for training in (settings.pretraining, *([settings.transfer.training] if settings.transfer else []), *settings.finetuning.values()):
             choose("schedule", training.schedule, ("constant", "cosine"))
             choose("loss", training.loss, ("", *LOSSES))
         choose("rotations", (settings.self_supervised or profile.self_supervised).rotations, ("any", "right"))
@@ -245,10 +261,10 @@ def check_names(profile: Profile) -> None:
     if profile.photos is not None:
         choose("photos.pairing", profile.photos.pairing, ("turn", "all"))
 
-# %% ../nbs/25_profiles.ipynb #c042
+# %% ../nbs/25_profiles.ipynb #c045
 #: field -> (what is right, in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("slices", "coils", "subjects", "steps", "batch_size", "checkpoint_every", "validate_every", "iterations", "repeats", "threads",
+    **dict.fromkeys(("acceleration", "slices", "coils", "subjects", "steps", "batch_size", "checkpoint_every", "validate_every", "iterations", "repeats", "threads",
                      "workers", "scales", "scale", "limit", "before", "validation_limit"), (lambda value: value >= 1, "at least 1")),
     **dict.fromkeys(("shape", "photo_shape", "tile", "validation_tile", "crop", "measurement_crop"), (lambda value: value >= 16, "at least 16 pixels")),
     **dict.fromkeys(("learning_rate", "clip", "snr"), (lambda value: 0 < value < math.inf, "a positive number")),
@@ -273,7 +289,7 @@ def check_values(value: Any, key: str, field_name: str = "") -> None:
     elif field_name in RANGES and value is not None and not RANGES[field_name][0](value):
         raise ValueError(f"{key} is {value!r}; expected {RANGES[field_name][1]}")
 
-# %% ../nbs/25_profiles.ipynb #c046
+# %% ../nbs/25_profiles.ipynb #c049
 #: networks that need the section `photos`; all others need `data`
 PHOTO_NETWORKS: tuple[str, ...] = ("usrnet",)
 
@@ -287,6 +303,8 @@ def check_parts(profile: Profile) -> None:
         section = "photos" if network in PHOTO_NETWORKS else "data"
         if getattr(profile, section) is None:
             raise ValueError(f"{profile.name}.yaml lacks the section {section}, which networks.{network} needs")
+        if settings.transfer is not None and network in PHOTO_NETWORKS:
+            raise ValueError(f"{profile.name}.yaml.networks.{network}.transfer names an acceleration, which super-resolution does not have; expected no such key")
         for strategy, training in settings.finetuning.items():
             for name, ratio in [(name, ratio) for name in ("steps_at", "learning_rate_at") for ratio in getattr(training, name)]:
                 key = f"{profile.name}.yaml.networks.{network}.finetuning.{strategy}.{name}"
@@ -295,7 +313,7 @@ def check_parts(profile: Profile) -> None:
     if profile.photos is not None and (not profile.photos.scales or len(set(profile.photos.scales)) < len(profile.photos.scales)):
         raise ValueError(f"{profile.name}.yaml.photos.scales is {profile.photos.scales}; expected at least one scale, each once")
 
-# %% ../nbs/25_profiles.ipynb #c047
+# %% ../nbs/25_profiles.ipynb #c050
 def load_profile(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Profile:
     """Read the profile `name` of `config/`, or the YAML file at this path, with `overrides` such as {"data.seed": 3}.
 
@@ -316,7 +334,7 @@ def load_profile(name: str | Path, overrides: Mapping[str, Any] | None = None) -
     check_parts(profile)
     return profile
 
-# %% ../nbs/25_profiles.ipynb #c055
+# %% ../nbs/25_profiles.ipynb #c058
 def as_plain(value: Any) -> Any:
     """Dataclasses, tuples and read-only mappings as dictionaries and lists, for JSON."""
     if is_dataclass(value):
@@ -325,7 +343,7 @@ def as_plain(value: Any) -> Any:
         return {key: as_plain(part) for key, part in value.items()}
     return [as_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/25_profiles.ipynb #c057
+# %% ../nbs/25_profiles.ipynb #c060
 def commit() -> str:
     """The commit of the checkout, with "+changes" where a tracked file differs from it; "unknown" outside a checkout."""
     def git(*arguments: str) -> str:
@@ -336,7 +354,7 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
-# %% ../nbs/25_profiles.ipynb #c058
+# %% ../nbs/25_profiles.ipynb #c061
 PACKAGES: tuple[str, ...] = ("spade", "torch", "torch-pruning", "accelerate", "numpy", "scikit-image", "h5py")
 
 
@@ -350,7 +368,7 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     return found
 
-# %% ../nbs/25_profiles.ipynb #c059
+# %% ../nbs/25_profiles.ipynb #c062
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a profile: "auto" is the first GPU where there is one."""
     if name == "auto":
@@ -367,7 +385,7 @@ def describe_device(name: str = "auto") -> str:
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
-# %% ../nbs/25_profiles.ipynb #c060
+# %% ../nbs/25_profiles.ipynb #c063
 def provenance(profile: Profile | None = None, **facts) -> dict:
     """What made a result: commit, versions, device, the whole profile, and `facts` such as a seed."""
     device = profile.device if profile else "auto"

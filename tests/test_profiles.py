@@ -61,6 +61,10 @@ def test_unknown_profile_names_the_known():
     ({"networks": {"unet": {}}}, "unknown network 'unet': choose one of deq"),
     ({"networks": {"varnet": {"finetuning": {"scool": {"steps": 1}}}}}, "unknown strategy 'scool'"),
     ({"networks": {"varnet": {"pretraining": {"steps": 1, "schedule": "warm"}}}}, "unknown schedule 'warm'"),
+    ({"networks": {"varnet": {"transfer": {"acceleration": 6, "training": {"steps": 1, "schedule": "warm"}}}}}, "unknown schedule 'warm'"),
+    ({"networks": {"varnet": {"transfer": {"acceleration": 6}}}}, "networks.varnet.transfer lacks training"),
+    ({"networks": {"varnet": {"transfer": {"acceleration": 0, "training": {"steps": 1}}}}}, "transfer.acceleration is 0; expected at least 1"),
+    ({"networks": {"usrnet": {"transfer": {"acceleration": 6, "training": {"steps": 1}}}}}, "super-resolution does not have"),
     ({"device": "tpu"}, "unknown device 'tpu'"),
     ({"workers": None}, "workers is None"),
 ])

@@ -6,11 +6,12 @@
 __all__ = ['MOST_CROPS', 'TEACHERS', 'NOT_IN_KEY', 'READ_BY_ALL', 'CRITERION', 'Run', 'acquisition_files', 'slice_datasets',
            'checksum', 'data_checksum', 'known_checksum', 'photo_files', 'photo_kernels', 'training_of', 'num_crops',
            'photo_datasets', 'datasets', 'training_set', 'before_set', 'files_of', 'measurement_facts', 'baselines',
-           'validation_psnr', 'build_network', 'shipped_teacher', 'named_teacher', 'find_teacher', 'load_teacher',
-           'loop_settings', 'strategy_settings', 'use_device', 'notebook_path', 'without_comments', 'code_key',
-           'data_files', 'run_key', 'tidy', 'write_csv', 'displayable', 'write_images', 'picture_numbers',
-           'picture_batches', 'picture_images', 'training_curve', 'summarize', 'write_result', 'copy_checkpoint',
-           'clear_state', 'peak_memory_mb', 'is_complete', 'latency_networks', 'latency_key']
+           'validation_psnr', 'build_network', 'shipped_teacher', 'named_teacher', 'find_teacher', 'first_weights',
+           'load_teacher', 'loop_settings', 'strategy_settings', 'use_device', 'notebook_path', 'without_comments',
+           'code_cells', 'code_key', 'data_files', 'settings_of', 'run_key', 'tidy', 'write_csv', 'displayable',
+           'write_images', 'picture_numbers', 'picture_batches', 'picture_images', 'training_curve', 'summarize',
+           'write_result', 'copy_checkpoint', 'clear_state', 'peak_memory_mb', 'is_complete', 'latency_networks',
+           'latency_key']
 
 # %% ../nbs/26_experiment.ipynb #c003
 import ast
@@ -177,7 +178,7 @@ def training_of(profile: Profile, run: Run) -> Training:
     """The settings of the run's training. Raises ValueError for a strategy that the profile does not have."""
     settings = profile.networks[run.network]
     if not run.strategy:
-        return settings.pretraining
+        return settings.teaching(run.acceleration)
     choose(f"strategy of {run.network} in the profile {profile.name!r}:", run.strategy, settings.finetuning)
     return settings.finetuning[run.strategy].at(run.ratio)
 
@@ -305,6 +306,14 @@ def find_teacher(run: Run, profile: Profile, out: str | Path, teacher: str = "")
                             f"{acceleration}seed={run.seed} first, or name a checkpoint in the parameter teacher")
 
 # %% ../nbs/26_experiment.ipynb #c069
+def first_weights(run: Run, profile: Profile) -> Path | None:
+    """The checkpoint from which a teacher's training goes on; None where it begins with random weights. Raises FileNotFoundError if no such teacher ships."""
+    settings = profile.networks[run.network]
+    if not settings.is_transferred(run.acceleration):
+        return None
+    return named_teacher(replace(run, acceleration=settings.transfer.acceleration), profile, "shipped")
+
+# %% ../nbs/26_experiment.ipynb #c072
 def load_teacher(path: Path) -> nn.Module:
     """The network of a checkpoint of ours, or of USRNet's authors (.pth), in eval mode. Raises ValueError for another kind of .pth file."""
     if path.suffix != ".pth":
@@ -314,14 +323,14 @@ def load_teacher(path: Path) -> nn.Module:
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path.name} holds no weights of USRNet as its authors publish them: {str(error).splitlines()[0]}") from None
 
-# %% ../nbs/26_experiment.ipynb #c073
+# %% ../nbs/26_experiment.ipynb #c076
 def loop_settings(training: Training, run: Run, profile: Profile, folder: str | Path | None = None) -> dict:
     """Arguments of `spade.training.train` for this run."""
     settings = {name: value for name, value in vars(training).items() if name not in ("loss", "steps_at", "learning_rate_at")}
     settings["validate_every"] = training.validate_every or max(1, training.steps // 10)
     return {**settings, "seed": run.seed, "mixed_precision": profile.mixed_precision, "folder": folder}
 
-# %% ../nbs/26_experiment.ipynb #c075
+# %% ../nbs/26_experiment.ipynb #c078
 def strategy_settings(profile: Profile, run: Run) -> dict:
     """Arguments of `spade.losses.make_strategy` for this student."""
     if run.strategy == "self-supervised":
@@ -329,7 +338,7 @@ def strategy_settings(profile: Profile, run: Run) -> dict:
     loss = training_of(profile, run).loss
     return {"loss": loss} if loss else {}
 
-# %% ../nbs/26_experiment.ipynb #c078
+# %% ../nbs/26_experiment.ipynb #c081
 def use_device(profile: Profile) -> torch.device:
     """Make the training loop compute where the profile says; returns that device."""
     device = pick_device(profile.device)
@@ -337,33 +346,37 @@ def use_device(profile: Profile) -> torch.device:
     torch.set_num_threads(profile.threads)
     return device
 
-# %% ../nbs/26_experiment.ipynb #c082
+# %% ../nbs/26_experiment.ipynb #c085
 #: modules without influence on a run's numbers
-NOT_IN_KEY: tuple[str, ...] = ("__init__", "_modidx", "paper", "report", "batch", "latency")
+NOT_IN_KEY: tuple[str, ...] = ("__init__", "_modidx", "paper", "report", "figures", "batch", "latency")
 #: sections of a profile that have a part in a run's numbers, whatever the problem
 READ_BY_ALL: tuple[str, ...] = ("self_supervised", "mixed_precision")
 
-# %% ../nbs/26_experiment.ipynb #c083
+# %% ../nbs/26_experiment.ipynb #c086
 def notebook_path(name: str) -> Path:
     """The experiment notebook `name`."""
     return project_root() / "nbs" / "experiments" / f"{name}.ipynb"
 
-# %% ../nbs/26_experiment.ipynb #c085
+# %% ../nbs/26_experiment.ipynb #c088
 def without_comments(source: str) -> str:
     """Python source in a normal form: a changed comment or line break changes no number."""
     return ast.unparse(ast.parse(source))
 
-# %% ../nbs/26_experiment.ipynb #c087
-def code_key(notebook: str) -> str:
-    """Key of the code cells of an experiment notebook, its parameters aside, and of the library that it uses."""
+# %% ../nbs/26_experiment.ipynb #c090
+def code_cells(notebook: str) -> list[str]:
+    """The code of an experiment notebook cell by cell, its parameters aside; empty if there is no such notebook."""
     cells = nbformat.read(notebook_path(notebook), as_version=4).cells if notebook_path(notebook).is_file() else []
-    code = [cell.source for cell in cells if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])]
+    return [without_comments(cell.source) for cell in cells if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])]
+
+# %% ../nbs/26_experiment.ipynb #c091
+def code_key(notebook: str) -> str:
+    """Key of the code cells of an experiment notebook and of the library that it uses."""
     package = Path(checkpoint.__file__).parent
     modules = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))
                if path.stem not in NOT_IN_KEY or path.parent != package}
-    return content_key([without_comments(cell) for cell in code], {name: without_comments(text) for name, text in modules.items()})
+    return content_key(code_cells(notebook), {name: without_comments(text) for name, text in modules.items()})
 
-# %% ../nbs/26_experiment.ipynb #c089
+# %% ../nbs/26_experiment.ipynb #c093
 def data_files(profile: Profile, run: Run, data: str = "") -> list[Path]:
     """The files from which the run's data come, as far as they are there."""
     if run.super_resolution:
@@ -371,22 +384,24 @@ def data_files(profile: Profile, run: Run, data: str = "") -> list[Path]:
         return [*files["train"], *files["val"], *files["test"], *([resolve(profile.photos.kernels)] if profile.photos.kernels else [])]
     return sorted(resolve(data or profile.data.folder).glob("*.h5"))
 
-# %% ../nbs/26_experiment.ipynb #c091
-def run_key(run: Run, profile: Profile, teacher: str = "", data: str = "") -> str:
-    """The key of a run; `teacher` is the checksum of the checkpoint it starts from, empty for a network trained from scratch; `data` a folder in place of the profile's."""
-    plain, network = as_plain(profile), as_plain(profile.networks[run.network])
-    training = network["finetuning"].get(run.strategy) if run.strategy else network["pretraining"]
-    read = {part: plain[part] for part in (*(("photos",) if run.super_resolution else ("data", "sampling")), *READ_BY_ALL)}
-    for settings in (training, read):
-        if settings is not None:
-            settings.pop("checkpoint_every", None)
-    found = content_key(sorted([path.name, known_checksum(path)] for path in data_files(profile, run, data)))
-    return content_key(asdict(run), read, network["arguments"], network["self_supervised"], training, code_key(run.notebook), teacher, found)
-
 # %% ../nbs/26_experiment.ipynb #c095
-CRITERION = "group l1"     # eq. 6, the one criterion of the paper
+def settings_of(run: Run, profile: Profile) -> list:
+    """The run and what it reads of its profile, for a key."""
+    plain, network = as_plain(profile), as_plain(profile.networks[run.network])
+    sections = [*(["photos"] if run.super_resolution else ["data", "sampling"]), *READ_BY_ALL]
+    return [asdict(run), {part: plain[part] for part in sections}, network["arguments"], network["self_supervised"],
+            {name: value for name, value in as_plain(training_of(profile, run)).items() if name != "checkpoint_every"}]
 
 # %% ../nbs/26_experiment.ipynb #c097
+def run_key(run: Run, profile: Profile, teacher: str = "", data: str = "") -> str:
+    """The key of a run; `teacher` is the checksum of the checkpoint it starts from, empty for a network trained from scratch; `data` a folder in place of the profile's."""
+    found = content_key(sorted([path.name, known_checksum(path)] for path in data_files(profile, run, data)))
+    return content_key(*settings_of(run, profile), code_key(run.notebook), teacher, found)
+
+# %% ../nbs/26_experiment.ipynb #c101
+CRITERION = "group l1"     # eq. 6, the one criterion of the paper
+
+# %% ../nbs/26_experiment.ipynb #c103
 def tidy(table: pd.DataFrame, run: Run, model: str = "", strategy: str | None = None) -> pd.DataFrame:
     """The wide table of `spade.metrics.evaluate` as one row per number, with the run's facts."""
     measured = [column for column in ("psnr", "ssim", "iterations") if column in table and table[column].notna().all()]
@@ -400,12 +415,12 @@ def tidy(table: pd.DataFrame, run: Run, model: str = "", strategy: str | None = 
              "strategy": run.strategy if strategy is None else strategy, "start": run.start, "seed": run.seed}
     return long.assign(**facts)[[*facts, "image", "metric", "value"]]
 
-# %% ../nbs/26_experiment.ipynb #c103
+# %% ../nbs/26_experiment.ipynb #c109
 def write_csv(path: str | Path, table: pd.DataFrame) -> Path:
     """Write a table without its index; six significant digits."""
     return atomic_write(path, lambda part: table.to_csv(part, index=False, float_format="%.6g"))
 
-# %% ../nbs/26_experiment.ipynb #c105
+# %% ../nbs/26_experiment.ipynb #c111
 def displayable(image: torch.Tensor | np.ndarray) -> np.ndarray:
     """One image as pictures show it: magnitudes (H, W) of a complex or one-channel image, or colours (H, W, 3) in [0, 1]."""
     array = np.asarray(image.detach().cpu() if torch.is_tensor(image) else image)
@@ -423,7 +438,7 @@ def write_images(path: str | Path, images: dict[str, torch.Tensor | np.ndarray])
             np.savez_compressed(file, **arrays)
     return atomic_write(path, write)
 
-# %% ../nbs/26_experiment.ipynb #c109
+# %% ../nbs/26_experiment.ipynb #c115
 def picture_numbers(test: Dataset, run: Run) -> list[int]:
     """Which items of the test set figures show."""
     if not run.super_resolution:
@@ -438,7 +453,7 @@ def picture_batches(test: Dataset, run: Run) -> list[Batch]:
     """The measurements that figures show, each as a batch of one."""
     return [test.collate([test[i]]) for i in picture_numbers(test, run)]
 
-# %% ../nbs/26_experiment.ipynb #c113
+# %% ../nbs/26_experiment.ipynb #c119
 def picture_images(methods: dict[str, Callable], pictures: list[Batch], truth: bool = False) -> dict[str, torch.Tensor]:
     """Images by name, of every method and picture, with the ground truth first where it is asked for."""
     images = {}
@@ -449,20 +464,20 @@ def picture_images(methods: dict[str, Callable], pictures: list[Batch], truth: b
             images |= {f"{name}{suffix}": method(batch.y, batch.A) for name, method in methods.items()}
     return images
 
-# %% ../nbs/26_experiment.ipynb #c116
+# %% ../nbs/26_experiment.ipynb #c122
 def training_curve(log: TrainingLog, start: float | None = None) -> pd.DataFrame:
     """One row per step: step, loss, learning_rate, seconds, validation; with a row for step 0 if `start`, the score before training, is given."""
     curve = log.to_frame().reset_index()
     return curve if start is None else pd.concat([pd.DataFrame({"step": [0], "validation": [start]}), curve], ignore_index=True)[list(curve)]
 
-# %% ../nbs/26_experiment.ipynb #c120
+# %% ../nbs/26_experiment.ipynb #c126
 def summarize(metrics: pd.DataFrame) -> dict[str, float]:
     """Mean over images of each metric, named `model strategy metric`, or `model strategy x2 metric` where there are scales."""
     scale = "x" + metrics["scale"].astype(str) if "scale" in metrics else pd.Series("", metrics.index)
     means = metrics.assign(scale=scale).groupby(["model", "strategy", "scale", "metric"])["value"].mean()
     return {" ".join(filter(None, name)): round(float(value), 4) for name, value in means.items()}
 
-# %% ../nbs/26_experiment.ipynb #c124
+# %% ../nbs/26_experiment.ipynb #c130
 def write_result(run: Run, profile: Profile, out: str | Path, key: str, metrics: pd.DataFrame,
                  splits: dict[str, Dataset], **facts) -> Path:
     """Write metrics.csv and, last, result.json of a run. `facts` are written as they are, e.g. seconds, parameters, teacher."""
@@ -474,26 +489,26 @@ def write_result(run: Run, profile: Profile, out: str | Path, key: str, metrics:
     record = provenance(profile, run=asdict(run), key=key, means=summarize(metrics), data=data, **facts)
     return write_json(folder / "result.json", record)
 
-# %% ../nbs/26_experiment.ipynb #c126
+# %% ../nbs/26_experiment.ipynb #c132
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a checkpoint, weights and description, as it is."""
     for old, new in zip(checkpoint.paths(source), checkpoint.paths(target)):
         if old.is_file():
             atomic_write(new, lambda part: shutil.copyfile(old, part))
 
-# %% ../nbs/26_experiment.ipynb #c128
+# %% ../nbs/26_experiment.ipynb #c134
 def clear_state(folder: Path) -> None:
     """Remove the training state of a completed run."""
     shutil.rmtree(folder / "state", ignore_errors=True)
 
-# %% ../nbs/26_experiment.ipynb #c130
+# %% ../nbs/26_experiment.ipynb #c136
 def peak_memory_mb() -> int:
     """The most memory that this process has held so far, in MB: the GPU's where there is one in use, otherwise the main memory's."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 1e6)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)     # Linux counts kilobytes
 
-# %% ../nbs/26_experiment.ipynb #c134
+# %% ../nbs/26_experiment.ipynb #c140
 def is_complete(run: Run, out: str | Path, key: str) -> bool:
     """True if the run's result and network are there and were made with this key."""
     folder = run.folder(out)
@@ -502,7 +517,7 @@ def is_complete(run: Run, out: str | Path, key: str) -> bool:
     except (FileNotFoundError, ValueError, KeyError):
         return False
 
-# %% ../nbs/26_experiment.ipynb #c138
+# %% ../nbs/26_experiment.ipynb #c144
 def latency_networks(network: str, profile: Profile, size: str = "") -> dict[float, nn.Module]:
     """By ratio, 0 for the unpruned one: the networks whose time is measured, of the size "paper" or "profile"; empty: the profile's choice."""
     timing = profile.latency
@@ -514,7 +529,7 @@ def latency_networks(network: str, profile: Profile, size: str = "") -> dict[flo
         unpruned = build(network, **arguments).eval()
     return {0.0: unpruned} | {ratio: prune(unpruned, ratio) for ratio in profile.ratios}
 
-# %% ../nbs/26_experiment.ipynb #c140
+# %% ../nbs/26_experiment.ipynb #c146
 def latency_key(network: str, profile: Profile) -> str:
     """The key of a measurement of time."""
     size = {} if profile.latency.size == "paper" else as_plain(profile.networks[network])["arguments"]

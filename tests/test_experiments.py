@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from spade.batch import Job, failing_cell, job_of, main, ready_teacher, report_jobs, run_job, run_jobs, students
-from spade.experiment import (Run, acquisition_files, before_set, data_files, datasets, find_teacher, is_complete, load_teacher, loop_settings, measurement_facts,
-                              photo_datasets, photo_files, picture_batches, run_key, strategy_settings, tidy, training_set)
+from spade.experiment import (Run, acquisition_files, before_set, build_network, data_files, datasets, find_teacher, first_weights, is_complete, load_teacher, loop_settings,
+                              measurement_facts, photo_datasets, photo_files, picture_batches, run_key, shipped_teacher, strategy_settings, tidy, training_of, training_set)
 from spade.metrics import evaluate
 from spade.photos import embedded_photos
 from spade.profiles import load_profile
@@ -104,6 +104,22 @@ def test_another_setting_makes_another_key():
     assert run_key(run, load_profile("smoke", {"networks.varnet.finetuning.supervised.steps": 4})) == key, "a setting of another run"
     assert run_key(run, load_profile("smoke", {"latency.repeats": 9, "workers": 3})) == key, "settings without influence on numbers"
     assert len({run_key(other, profile) for other in students(profile, "varnet", 6)}) == len(students(profile, "varnet", 6))
+
+
+def test_a_teacher_of_another_acceleration_goes_on_from_the_shipped_one():
+    demo, six, eight = load_profile("demo"), Run("varnet", 6), Run("varnet", 8)
+    first = first_weights(eight, demo)
+    assert first == shipped_teacher(six, demo) and first_weights(six, demo) is None
+    assert training_of(demo, eight).steps < training_of(demo, six).steps
+    assert load_teacher(first).config() == build_network("varnet", demo).config()
+    changed = load_profile("demo", {"networks.varnet.transfer.training.steps": 7})
+    assert run_key(eight, changed) != run_key(eight, demo) and run_key(six, changed) == run_key(six, demo)
+
+
+def test_a_teacher_cannot_go_on_from_one_that_does_not_ship():
+    smoke = load_profile("smoke", {"networks.varnet.transfer": {"acceleration": 6, "training": {"steps": 1}}})
+    with pytest.raises(FileNotFoundError, match="varnet_R6_smoke.safetensors of the package, which does not exist"):
+        first_weights(Run("varnet", 8), smoke)
 
 
 def test_changed_data_make_another_key_and_another_place_does_not(tmp_path):

@@ -12,9 +12,10 @@ matplotlib.use("agg")
 from spade.experiment import Run, write_csv, write_images  # noqa: E402
 from spade.files import write_json  # noqa: E402
 from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups  # noqa: E402
-from spade.report import (caption_1, caption_3, caption_4, comparisons, comparisons_4, figure_1, figure_2, figure_3, figure_5, figure_7, figure_steps, for_print,  # noqa: E402
-                          index_page, mean_over_images, pick, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex,
-                          to_markdown, with_differences, won_back, write_figure, write_index, write_table)
+from spade.figures import figure_1, figure_2, index_page, write_index  # noqa: E402
+from spade.report import (caption_1, caption_3, caption_4, comparisons, comparisons_4, figure_3, figure_5, figure_7, figure_steps, for_print, mean_over_images,  # noqa: E402
+                          pick, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, with_differences, won_back,
+                          write_figure, write_table)
 
 
 def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .deq import Trace, relative_step
+from .varnet import filled
 
 # %% ../../nbs/models/14_usrnet.ipynb #c007
 class ResBlock(nn.Module):
@@ -227,9 +228,4 @@ def load_published(cls: type, # `USRNet`
     try: sizes = published_sizes(weights)
     except KeyError as missing:
         raise ValueError(f"{expected}, but {missing} is not among the {len(weights)} names found, the first being {next(iter(weights), 'none')!r}.") from None
-    model = cls(**sizes)
-    try: model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"{expected} in the sizes {sizes} that its names suggest, but found {len(weights)} tensors that do not fit: {first}") from None
-    return model
+    return filled(cls(**sizes), weights, f"{expected} in the sizes {sizes} that its names suggest")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['multiply', 'sens_expand', 'sens_reduce', 'VarNetBlock', 'VarNet', 'symmetric_centre', 'SensitivityModel', 'E2EVarNet',
-           'plain_state_dict', 'unet_sizes', 'fastmri_sizes', 'load_fastmri']
+           'plain_state_dict', 'unet_sizes', 'fastmri_sizes', 'filled', 'load_fastmri']
 
 # %% ../../nbs/models/13_varnet.ipynb #c003
 import re
@@ -186,6 +186,19 @@ def fastmri_sizes(weights: Mapping[str, Tensor] # plain names
     return sizes
 
 # %% ../../nbs/models/13_varnet.ipynb #c047
+def filled(
+    model: nn.Module, # changed in place
+    weights: Mapping[str, Tensor],
+    expected: str # how the message begins
+    ) -> nn.Module: # `model`
+    "The model with all these weights; raises `ValueError`, with the first that does not fit, where they are not its own."
+    try: model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"{expected}, but found {len(weights)} tensors that do not fit: {first}") from None
+    return model
+
+# %% ../../nbs/models/13_varnet.ipynb #c049
 def load_fastmri(cls: type, # `VarNet` or `E2EVarNet`
     checkpoint: Mapping # as `torch.load` returns it
     ) -> nn.Module: # on the CPU
@@ -200,9 +213,4 @@ def load_fastmri(cls: type, # `VarNet` or `E2EVarNet`
         sizes = {name: value for name, value in sizes.items() if not name.startswith("sens_")}
     elif "sens_channels" not in sizes:
         raise ValueError(f"{expected} with its sensitivity model ('sens_net.norm_unet...'), which this checkpoint lacks; use VarNet.from_fastmri.")
-    model = cls(**sizes)
-    try: model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"{expected} in the sizes {sizes} that its names suggest, but found {len(weights)} tensors that do not fit: {first}") from None
-    return model
+    return filled(cls(**sizes), weights, f"{expected} in the sizes {sizes} that its names suggest")

@@ -679,6 +679,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'spade.training.TrainingLog.to_frame': ('training.html#traininglog.to_frame', 'spade/training.py'),
                                 'spade.training.as_loader': ('training.html#as_loader', 'spade/training.py'),
                                 'spade.training.check_same_run': ('training.html#check_same_run', 'spade/training.py'),
+                                'spade.training.checkpoint_interval': ('training.html#checkpoint_interval', 'spade/training.py'),
                                 'spade.training.count_steps': ('training.html#count_steps', 'spade/training.py'),
                                 'spade.training.derived_seed': ('training.html#derived_seed', 'spade/training.py'),
                                 'spade.training.epoch_batches': ('training.html#epoch_batches', 'spade/training.py'),

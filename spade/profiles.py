@@ -102,7 +102,7 @@ class Training:
     warmup: int = 0                   # steps over which the learning rate rises from zero
     clip: float | None = None         # largest norm of the gradient
     loss: str = ""                    # one of `spade.losses.LOSSES`; empty: the network's usual one
-    checkpoint_every: int = 500       # steps between states from which a killed run resumes
+    checkpoint_every: int | None = None   # steps between states from which a killed run resumes; null: an epoch, 200 at most
     validate_every: int | None = None # steps between validation scores, where there are any; null: a tenth of the steps
     steps_at: Mapping[str, int] = field(default_factory=dict)   # other numbers of steps, by pre-defined ratio, such as {0.4: 800}
     learning_rate_at: Mapping[str, float] = field(default_factory=dict)   # other learning rates, likewise

@@ -23,6 +23,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'spade.batch.command': ('batch.html#command', 'spade/batch.py'),
                              'spade.batch.data_job': ('batch.html#data_job', 'spade/batch.py'),
                              'spade.batch.demo': ('batch.html#demo', 'spade/batch.py'),
+                             'spade.batch.demo_students': ('batch.html#demo_students', 'spade/batch.py'),
                              'spade.batch.end': ('batch.html#end', 'spade/batch.py'),
                              'spade.batch.environment': ('batch.html#environment', 'spade/batch.py'),
                              'spade.batch.estimate': ('batch.html#estimate', 'spade/batch.py'),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -190,6 +191,21 @@ def test_a_profile_may_name_a_users_own_images(tmp_path):
 def test_a_named_teacher_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="parameter teacher names .*nowhere.safetensors"):
         find_teacher(Run("varnet", 6, 0.40, "school"), load_profile("smoke"), tmp_path, str(tmp_path / "nowhere.safetensors"))
+
+
+def test_a_job_of_the_gpu_profile_runs_on_a_cpu(tmp_path):
+    """The paper's VarNet at 320 x 320 with 16 coils; two steps of pretraining, and one subject a split with one slice."""
+    shorter = {"device": "cpu", "threads": 2, "data.subjects": [1, 1, 1], "data.simulation.slices": 1, "networks.varnet.pretraining.steps": 2}
+    profile = load_profile("gpu", shorter)
+    job = job_of(Run("varnet"), profile, tmp_path, str(tmp_path / "data"))
+    outcome = run_job(replace(job, parameters={**job.parameters, "overrides": shorter}), threads=2)
+    assert outcome.state == "done", outcome
+    result = json.loads((Run("varnet").folder(tmp_path) / "result.json").read_text())
+    assert result["parameters"] == 19_634_712 and result["profile"]["name"] == "gpu" and result["device"].startswith("CPU")
+    curve = pd.read_csv(Run("varnet").folder(tmp_path) / "curve.csv")
+    assert len(curve) == 2 and np.isfinite(curve["loss"]).all() and np.isfinite(list(result["means"].values())).all()
+    with h5py.File(next((tmp_path / "data").glob("*.h5"))) as file:
+        assert file["kspace"].shape == (1, 16, 640, 320)
 
 
 # Super-resolution through the same notebooks

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,9 @@ import warnings
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
@@ -22,6 +25,7 @@ from spade.batch import (estimate, job_resources, known_code_key, main, minutes_
 from spade.experiment import Run
 from spade.files import write_json
 from spade.profiles import as_plain, load_profile
+from spade.training import read_state
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("snakemake")
@@ -186,6 +190,37 @@ def test_a_failing_job_names_notebook_parameters_and_cell_and_the_others_go_on(p
     assert "cell In [3]: image = open('no such image')" in told
     assert (out / "figure_1.png").is_file() and (out / "notebooks" / "figure_6.ipynb").is_file(), "the executed notebook of the failure is kept"
     assert not (out / "figure_6_deq_R6.png").exists()
+
+
+def killed(process: subprocess.Popen) -> None:
+    """End a process and all that it started at once, as a power failure does."""
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_batch_killed_in_mid_training_goes_on_from_its_last_epoch(project):
+    out, folder = project / "out", project / "out" / "runs" / Run("varnet").name
+    settings = yaml.safe_load((project / "config" / "smoke.yaml").read_text())
+    settings["networks"] = {"varnet": {**settings["networks"]["varnet"], "pretraining": {"steps": 100, "learning_rate": 1e-3}}}
+    (project / "config" / "smoke.yaml").write_text(yaml.safe_dump(settings))
+    target = f"out/runs/{folder.name}/network.safetensors"
+    command = [sys.executable, "-m", "snakemake", target, "--rerun-incomplete", *arguments(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    batch = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (states := list(folder.glob("state/*/training.safetensors"))):
+        assert batch.poll() is None, batch.stderr.read()[-3000:]
+        time.sleep(0.05)
+    killed(batch)
+    log = read_state(states[0])[1]["log"]
+    assert 4 <= len(log["seconds"]) < 100, "an epoch is four slices"
+
+    assert snakemake(target, "--unlock", out=out).endswith("ended with 0")
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    curve = pd.read_csv(folder / "curve.csv")
+    assert len(curve) == 100 and (folder / "result.json").is_file() and not states[0].exists()
+    np.testing.assert_allclose(curve["seconds"][:len(log["seconds"])], log["seconds"], rtol=1e-4, err_msg="the first steps were not made again: their times are those of the killed run")
 
 
 def test_the_command_of_a_job_returns_1_on_failure(tmp_path, capsys):

@@ -48,9 +48,9 @@ wildcard_constraints:
 
 
 def job_of(name):
-    """The papermill call of a run."""
+    """The papermill call of a run. For super-resolution, `data` would be a folder of photographs."""
     run = RUNS[name]
-    return batch.job_of(run, PROFILE, resolve(OUT), DATA, "" if run.strategy else batch.ready_teacher(run, PROFILE))
+    return batch.job_of(run, PROFILE, resolve(OUT), "" if run.super_resolution else DATA, "" if run.strategy else batch.ready_teacher(run, PROFILE))
 
 
 def maps_of(name):
@@ -73,7 +73,7 @@ if not PARTIAL:
         threads: PROFILE.threads
         resources: mem_mb=4000, runtime=120
         benchmark: f"{OUT}/benchmarks/acquisitions/acquisitions.tsv"
-        shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration 0 --data {{params.data:q}} --output {{output:q}}"
+        shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration 0 --data={{params.data:q}} --output {{output:q}}"
 
 
     rule maps:
@@ -83,7 +83,7 @@ if not PARTIAL:
         threads: PROFILE.threads
         resources: mem_mb=4000, runtime=240
         benchmark: f"{OUT}/benchmarks/maps/R{{acceleration}}.tsv"
-        shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration {{wildcards.acceleration}} --data {{params.data:q}} --output {{output:q}}"
+        shell: f"{PYTHON} data --profile {PROFILE.name} --acceleration {{wildcards.acceleration}} --data={{params.data:q}} --output {{output:q}}"
 
 
     # A run has four files that others read; the weights of a teacher come before its students.

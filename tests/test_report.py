@@ -1,5 +1,6 @@
 """Tables and figures from result files: missing runs show as missing, files are whole, the paper's numbers are the printed ones."""
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib
@@ -13,12 +14,13 @@ from spade.experiment import Run, write_csv, write_images  # noqa: E402
 from spade.files import write_json  # noqa: E402
 from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups  # noqa: E402
 from spade.figures import figure_1, figure_2, index_page, write_index  # noqa: E402
-from spade.report import (caption_1, caption_3, caption_4, comparisons, comparisons_4, figure_3, figure_5, figure_7, figure_steps, for_print, mean_over_images,  # noqa: E402
-                          pick, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, with_differences, won_back,
+from spade.report import (caption_1, caption_3, caption_4, comparisons, comparisons_4, each_seed, figure_3, figure_5, figure_7, figure_steps, for_print, lost_over_seeds,  # noqa: E402
+                          mean_over_images, pick, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, with_differences, won_back,
                           write_figure, write_table)
 
 
-def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0) -> None:
+def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0, seeds: tuple[int, ...] = (0,)) -> None:
+    """A run of CS-MRI with two images; `seeds` are those that its profile asks for."""
     folder = run.folder(out)
     facts = dict(model=run.network, acceleration=run.acceleration, criterion="", ratio=run.ratio, strategy=run.strategy, start=run.start, seed=run.seed)
     rows = [{**facts, "image": f"a/{i}", "metric": metric, "value": value} for i in (0, 1)
@@ -26,7 +28,7 @@ def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0) -> None
     write_csv(folder / "metrics.csv", pd.DataFrame(rows))
     truth = np.random.default_rng(0).random((32, 40))
     write_images(folder / "images.npz", {"student": 0.9 * truth} if run.strategy else {"ground truth": truth, "zero-filled": 0.5 * truth, "CG-SENSE": 0.7 * truth, "teacher": 0.95 * truth})
-    write_json(folder / "result.json", {"parameters": 100, "sampling_rate": 0.25, "device": "CPU", "seconds": 1.0, "profile": {"name": "p", "description": "d"},
+    write_json(folder / "result.json", {"parameters": 100, "sampling_rate": 0.25, "device": "CPU", "seconds": 1.0, "profile": {"name": "p", "description": "d", "seeds": list(seeds)},
                                         "run": {"network": run.network, "acceleration": run.acceleration, "seed": run.seed}})
 
 
@@ -68,6 +70,63 @@ def test_several_seeds_are_printed_as_mean_and_deviation(out, tmp_path):
     printed = for_print(table)
     assert printed.loc[4, "PSNR school"] == "38.50 ± 0.71 (37.36, +1.14)" and not [column for column in printed if "std" in column]
     assert r"38.50 $\pm$ 0.71" in to_latex(printed, "") and len(pd.read_csv(write_table(table, "", tmp_path / "t")[0])) == 5
+
+
+# Three seeds
+
+@pytest.fixture
+def three_seeds(tmp_path) -> Path:
+    """VarNet's teacher, and supervised at 65 % from pruned and from random weights, for three seeds, each a dB above the one before; the students lose 1, 1 and 4 dB."""
+    for seed, lost in enumerate((1.0, 1.0, 4.0)):
+        for run, psnr in ((Run("varnet", seed=seed), 40.0), (Run("varnet", 6, 0.40, "supervised", seed=seed), 40.0 - lost), (Run("varnet", 6, 0.40, "supervised", "random", seed), 30.0)):
+            write_run(tmp_path, run, psnr, seed_shift=seed, seeds=(0, 1, 2))
+    return tmp_path
+
+
+def test_table_3_has_the_deviation_over_seeds_and_takes_gains_seed_by_seed(three_seeds):
+    table = table_3(three_seeds, ["varnet"], ["supervised"])
+    row, printed = table.iloc[-1], for_print(table).iloc[-1]
+    assert row["PSNR SPADE"] == pytest.approx(39.0) and row["PSNR SPADE (std)"] == pytest.approx(np.std([39, 40, 38], ddof=1))
+    assert row["PSNR random (std)"] == pytest.approx(1.0) and row["PSNR Δ (std)"] == pytest.approx(np.std([9, 9, 6], ddof=1))
+    assert printed["PSNR SPADE"] == "39.00 ± 1.00 (38.12, +0.88)" and printed["PSNR random"].startswith("31.00 ± 1.00 (") and printed["PSNR Δ"].startswith("8.00 ± 1.73 (")
+    assert not [column for column in table if "seeds" in column], "none is missing"
+
+
+def test_figure_3_has_bars_of_the_deviation_over_seeds(three_seeds):
+    lost = lost_over_seeds(each_seed(read_metrics(three_seeds)), "varnet", 6, "supervised")
+    each = [100 / 40, 100 / 41, 400 / 42]        # each student against the teacher of its seed
+    assert lost.loc["65 %"].tolist() == pytest.approx([np.mean(each), np.std(each, ddof=1)]) and lost.loc["10 %"].isna().all()
+    axis = figure_3(three_seeds, ["varnet"]).axes[0]
+    low, high = axis.collections[0].get_segments()[-1][:, 1]
+    assert len(axis.collections) == 1 and (low, high) == pytest.approx((np.mean(each) - np.std(each, ddof=1), np.mean(each) + np.std(each, ddof=1)))
+    matplotlib.pyplot.close("all")
+
+
+def test_figure_3_has_no_bars_with_one_seed(tmp_path):
+    write_run(tmp_path, Run("varnet"), 40.0)
+    write_run(tmp_path, Run("varnet", 6, 0.40, "supervised"), 38.0)
+    assert not figure_3(tmp_path, ["varnet"]).axes[0].collections
+    matplotlib.pyplot.close("all")
+
+
+def test_a_missing_seed_is_told_in_the_cell_and_in_the_caption(three_seeds, tmp_path):
+    assert "3 seeds, CPU" in caption_1(three_seeds, ["varnet"], 6) and "(seeds)" not in " ".join(table_1(three_seeds, ["varnet"]))
+    shutil.rmtree(Run("varnet", 6, 0.40, "supervised", "random", 1).folder(three_seeds))
+    shutil.rmtree(Run("varnet", 6, 0.40, "supervised", seed=2).folder(three_seeds))
+    table = table_1(three_seeds, ["varnet"])
+    assert for_print(table).loc[4, "PSNR supervised"] == "39.50 ± 0.71 (2 of 3 seeds) (38.12, +1.38)" and "seeds" not in for_print(table).loc[0, "PSNR supervised"]
+    caption = caption_1(three_seeds, ["varnet"], 6)
+    assert "3 seeds, in places fewer, CPU" in caption and "fewer seeds than the profile asks for says how many" in caption
+    third = for_print(table_3(three_seeds, ["varnet"], ["supervised"])).iloc[-1]
+    assert "(2 of 3 seeds)" in third["PSNR SPADE"] and "(2 of 3 seeds)" in third["SSIM random"] and third["PSNR Δ"].startswith("9.00 (1 of 3 seeds) (")
+    csv, markdown, latex = write_table(table, caption, tmp_path / "t")
+    assert pd.read_csv(csv)["PSNR supervised (seeds)"].tolist()[-1] == "2 of 3" and all("(2 of 3 seeds)" in path.read_text() for path in (markdown, latex))
+
+
+def test_one_seed_of_three_is_told_too(tmp_path):
+    write_run(tmp_path, Run("varnet"), 40.0, seeds=(0, 1, 2))
+    assert for_print(table_1(tmp_path, ["varnet"])).loc[0, "PSNR supervised"] == "40.00 (1 of 3 seeds) (39.25, +0.75)"
+    assert "1 of 3 seeds, CPU" in caption_1(tmp_path, ["varnet"], 6)
 
 
 def test_other_accelerations_do_not_leak_into_a_table(out):

@@ -14,8 +14,8 @@ from spade.experiment import Run, write_csv, write_images  # noqa: E402
 from spade.files import write_json  # noqa: E402
 from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups  # noqa: E402
 from spade.figures import figure_1, figure_2, index_page, write_index  # noqa: E402
-from spade.report import (caption_1, caption_3, caption_4, comparisons, comparisons_4, each_seed, figure_3, figure_5, figure_7, figure_steps, for_print, lost_over_seeds,  # noqa: E402
-                          mean_over_images, pick, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, with_differences, won_back,
+from spade.report import (caption_1, caption_3, caption_4, comparisons, comparisons_4, detail_window, each_seed, figure_3, figure_5, figure_7, figure_steps, for_print, image_psnr,  # noqa: E402
+                          lost_over_seeds, mean_over_images, pick, printed_sizes, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, with_differences, won_back,
                           write_figure, write_table)
 
 
@@ -290,6 +290,29 @@ def test_figures_of_super_resolution_draw_with_missing_runs(photo_out, tmp_path)
         matplotlib.pyplot.close(figure)
     with pytest.raises(FileNotFoundError, match="usrnet-teacher-seed0.*pretrain"):
         figure_5(tmp_path / "nothing")
+
+
+def test_figure_5_tells_psnr_its_change_and_the_error_of_every_crop(photo_out):
+    figure = figure_5(photo_out)
+    crops, errors, bar = figure.axes[1:8], figure.axes[9:16], figure.axes[8].child_axes[0]
+    assert [axis.get_title() for axis in crops] == ["ground truth", "bicubic", "0 %", "10 %: missing", "20 %: missing", "35 %: missing", "65 %"]
+    images = read_images(Run("usrnet").folder(photo_out)) | read_images(Run("usrnet", ratio=0.40, strategy="school").folder(photo_out))
+    teacher, student = (image_psnr(images[name], images["ground truth"]) for name in ("teacher", "student"))
+    assert [text.get_text() for text in crops[-1].texts] == [f"{student:.2f} dB", f"−{100 - 100 * student / teacher:.1f} %"] and len(crops[2].texts) == 1
+    assert [text.get_position()[1] > 0.5 for text in crops[-1].texts] == [True, False] and crops[-1].texts[0].get_position()[0] < 0.1
+    shown = [axis.images[0] for axis in errors if axis.images]
+    window = detail_window(images["ground truth"], 0.33, square=True)
+    assert len(shown) == 3 and len({image.get_clim() for image in shown}) == 1 and "error" in bar.get_xlabel()
+    np.testing.assert_allclose(shown[-1].get_array(), np.abs(images["student"] - images["ground truth"]).mean(axis=2)[window])
+    matplotlib.pyplot.close("all")
+
+
+def test_pictures_can_be_read_in_print(photo_out, tmp_path):
+    for name, figure in (("5", figure_5(photo_out)), ("7", figure_7(photo_out, "varnet"))):
+        figure.canvas.draw()
+        assert len(printed_sizes(figure, 6.5)) > 10 and min(printed_sizes(figure, 6.5)) >= 6
+        assert all(path.stat().st_size < 2e6 for path in write_figure(figure, tmp_path / name))
+    matplotlib.pyplot.close("all")
 
 
 def test_colours_are_stored_with_8_bits_and_curves_give_their_scores(photo_out):

@@ -34,11 +34,11 @@ from .models import NETWORKS
 STARTS: tuple[str, ...] = ("pruned", "random")
 
 
-def choose(name: str, value: str, choices: Iterable[str]) -> str:
+def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """`value`, if it is one of `choices`; otherwise a ValueError that says what `name` may be."""
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, choices))}")
     return value
 
 # %% ../nbs/25_profiles.ipynb #c009
@@ -299,6 +299,9 @@ def check_parts(profile: Profile) -> None:
     for name in ("networks", "ratios", "seeds"):
         if not getattr(profile, name):
             raise ValueError(f"{profile.name}.yaml.{name} is empty; expected at least one")
+    for strategy, ratios in profile.random_start.items():
+        if not set(ratios) <= set(profile.ratios):
+            raise ValueError(f"{profile.name}.yaml.random_start.{strategy} is {ratios}; expected ratios out of {profile.name}.yaml.ratios, {profile.ratios}, with which it is compared")
     for network, settings in profile.networks.items():
         section = "photos" if network in PHOTO_NETWORKS else "data"
         if getattr(profile, section) is None:

@@ -65,6 +65,7 @@ def test_unknown_profile_names_the_known():
     ({"networks": {"varnet": {"transfer": {"acceleration": 6}}}}, "networks.varnet.transfer lacks training"),
     ({"networks": {"varnet": {"transfer": {"acceleration": 0, "training": {"steps": 1}}}}}, "transfer.acceleration is 0; expected at least 1"),
     ({"networks": {"usrnet": {"transfer": {"acceleration": 6, "training": {"steps": 1}}}}}, "super-resolution does not have"),
+    ({"random_start": {"supervised": [0.10]}}, "expected ratios out of changed.yaml.ratios"),
     ({"device": "tpu"}, "unknown device 'tpu'"),
     ({"workers": None}, "workers is None"),
 ])

@@ -347,7 +347,7 @@ def use_device(profile: Profile) -> torch.device:
     return device
 
 # %% ../nbs/26_experiment.ipynb #c085
-#: modules without influence on a run's numbers
+#: modules without influence on a run's numbers; `latency` has one on the notebook of that name alone
 NOT_IN_KEY: tuple[str, ...] = ("__init__", "_modidx", "paper", "report", "figures", "batch", "latency")
 #: sections of a profile that have a part in a run's numbers, whatever the problem
 READ_BY_ALL: tuple[str, ...] = ("self_supervised", "mixed_precision")
@@ -373,7 +373,7 @@ def code_key(notebook: str) -> str:
     """Key of the code cells of an experiment notebook and of the library that it uses."""
     package = Path(checkpoint.__file__).parent
     modules = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))
-               if path.stem not in NOT_IN_KEY or path.parent != package}
+               if path.stem not in NOT_IN_KEY or path.stem == notebook or path.parent != package}
     return content_key(code_cells(notebook), {name: without_comments(text) for name, text in modules.items()})
 
 # %% ../nbs/26_experiment.ipynb #c093

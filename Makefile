@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 # Goes on after a failing job; the index then shows what there is. Run it again and only what is missing or changed is done.
 paper: $(VENV)/.installed-batch
 	@done=0; $(BIN)/snakemake $(TARGETS) --configfile config/$(PROFILE).yaml --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete --quiet rules $(ARGUMENTS) || done=$$?; \
-	$(BIN)/python -m spade.batch index --profile $(PROFILE); exit $$done
+	$(if $(filter -n --dry-run --dryrun,$(ARGUMENTS)),,$(BIN)/python -m spade.batch index --profile $(PROFILE);) exit $$done
 
 plan: $(VENV)/.installed-batch
 	$(BIN)/python -m spade.batch plan --profile $(PROFILE)
@@ -93,7 +93,8 @@ check-experiments: $(VENV)/.installed-dev
 	for network in varnet e2e-varnet deq; do \
 	    $(BIN)/python -m spade.batch demo --network $$network --profile smoke --data "$$out/data" --out "$$out/results"; \
 	done; \
-	$(BIN)/python -m spade.batch demo --network usrnet --profile smoke --out "$$out/results"
+	$(BIN)/python -m spade.batch demo --network usrnet --profile smoke --out "$$out/results"; \
+	$(BIN)/snakemake all --configfile config/smoke.yaml --config partial=true results="$$out/results" acquisitions="$$out/data" --cores 2 --quiet rules progress
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -12,6 +12,7 @@
 # What a job executed is in its notebook: runs/RUN/run.ipynb, latency/NETWORK.ipynb, notebooks/REPORT.ipynb. These are declared as logs, since Snakemake removes the outputs of
 # a job that failed, but keeps its logs. The training state in runs/RUN/state is no output either: a job that was killed goes on from it.
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)      # spade of this checkout
@@ -19,14 +20,31 @@ from snakemake.exceptions import WorkflowError
 
 from spade import batch
 from spade.files import content_key
-from spade.profiles import as_plain, load_profile, resolve
+from spade.profiles import Profile, as_plain, load_profile, resolve
 
 workdir: workflow.basedir
 
-if not workflow.configfiles:
-    raise WorkflowError("name a profile, for instance --configfile config/demo.yaml")
+#: what --config may say besides the keys of a profile
+SETTINGS = ("results", "acquisitions", "partial")
 
-PROFILE = load_profile(Path(workflow.configfiles[-1]).stem)
+
+def read_profile():
+    """The profile that --configfile names; refuses other files and unknown settings, which would be ignored."""
+    if not workflow.configfiles:
+        raise WorkflowError("name a profile, for instance --configfile config/demo.yaml")
+    path = Path(workflow.configfiles[-1]).resolve()
+    if path.parent != resolve("config").resolve():
+        raise WorkflowError(f"{path} is not in {resolve('config')}: put your profile there, since the notebooks look for it by its name")
+    for name in config:
+        if name not in SETTINGS and name not in {part.name for part in fields(Profile)}:
+            raise WorkflowError(f"unknown setting {name!r} in --config: choose one of {', '.join(SETTINGS)}")
+    try:
+        return load_profile(path.stem)
+    except ValueError as error:
+        raise WorkflowError(str(error)) from None
+
+
+PROFILE = read_profile()
 OUT = batch.relative(resolve(config.get("results", f"outputs/{PROFILE.name}")))
 DATA = config.get("acquisitions", "")
 PARTIAL = str(config.get("partial", False)).lower() == "true"
@@ -34,8 +52,7 @@ RUNS, REPORTS = batch.paper_runs(PROFILE), batch.paper_reports(PROFILE)
 MADE = batch.read_runs(OUT)               # tells what memory and time to reserve
 GPU = {"gpu": 1} if batch.uses_gpu(PROFILE) else {}
 PYTHON = f"{sys.executable} -m spade.batch"
-CALL = f"{PYTHON} job --profile {PROFILE.name} --notebook {{params.notebook}} --output {{log.notebook:q}} --threads {{params.threads}} --gpus {len(GPU)} --parameters {{params.parameters:q}}"
-ACCELERATIONS = sorted({run.acceleration for run in RUNS.values() if not run.super_resolution})
+CALL = f"{PYTHON} job --profile {PROFILE.name} --notebook {{params.notebook}} --output {{log.notebook:q}} --threads {{params.threads}} --gpus {{params.gpus}} --parameters {{params.parameters:q}}"
 
 if workflow.is_main_process and (workflow.dryrun or not workflow.touch):
     print(batch.tell_plan(PROFILE, resolve(OUT)), file=sys.stderr)
@@ -45,6 +62,11 @@ wildcard_constraints:
     run=r"[\w.-]+",
     network="|".join(PROFILE.networks),
     acceleration=r"\d+",
+
+
+# Time is measured while nothing else runs: on one machine the job takes all cores, on a cluster a node.
+ALL_CORES = max(PROFILE.latency.threads, (workflow.resource_settings.cores or 1) if not workflow.non_local_exec else 1)
+ALONE = {"mem_mb": 16000, "runtime": 60, "slurm_extra": "--exclusive", **GPU}
 
 
 def job_of(name):
@@ -101,6 +123,7 @@ if not PARTIAL:
                 notebook=RULE,
                 parameters=lambda wildcards: batch.yaml.safe_dump(job_of(wildcards.run).parameters, default_flow_style=True, width=10**6).strip(),
                 threads=PROFILE.threads,
+                gpus=len(GPU),
                 key=lambda wildcards: batch.settings_key(RUNS[wildcards.run], PROFILE),
             threads: PROFILE.threads
             resources:
@@ -110,7 +133,6 @@ if not PARTIAL:
             shell: CALL
 
 
-    # Time is measured while nothing else runs: on one machine the job takes all cores.
     rule latency:
         output: f"{OUT}/latency/{{network}}.json"
         log: notebook=f"{OUT}/latency/{{network}}.ipynb"
@@ -119,9 +141,10 @@ if not PARTIAL:
             notebook="latency",
             parameters=lambda wildcards: batch.yaml.safe_dump(batch.latency_job(wildcards.network, PROFILE, resolve(OUT)).parameters, default_flow_style=True, width=10**6).strip(),
             threads=PROFILE.latency.threads,
+            gpus=len(GPU),
             key=lambda wildcards: content_key(as_plain(PROFILE.latency), list(PROFILE.ratios), as_plain(PROFILE.networks[wildcards.network])["arguments"], batch.known_code_key("latency")),
-        threads: max(PROFILE.latency.threads, (workflow.resource_settings.cores or 1) if not workflow.non_local_exec else 1)
-        resources: mem_mb=16000, runtime=60, **GPU
+        threads: ALL_CORES
+        resources: **ALONE
         shell: CALL
 
 
@@ -130,6 +153,9 @@ def needed(report):
     paths = [f"{OUT}/runs/{run.name}/{name}" for run in report.runs for name in report.reads] + [f"{OUT}/latency/{network}.json" for network in report.timed]
     return [path for path in paths if not PARTIAL or resolve(path).is_file()]
 
+
+#: Figure 2 lets the networks reconstruct, and notes the time of each iteration
+MEASURING = () if PARTIAL else ("figure_2",)
 
 for REPORT in REPORTS.values():
     rule:
@@ -142,9 +168,10 @@ for REPORT in REPORTS.values():
             notebook=REPORT.name,
             parameters=batch.yaml.safe_dump({**REPORT.parameters, **({"data": DATA} if REPORT.name == "figure_2" else {}), "profile": PROFILE.name, "out": OUT}, default_flow_style=True, width=10**6).strip(),
             threads=1,
+            gpus=len(GPU) if REPORT.name in MEASURING else 0,
             key=batch.report_key(REPORT),
-        threads: 1
-        resources: mem_mb=2000, runtime=30
+        threads: ALL_CORES if REPORT.name in MEASURING else 1
+        resources: **(ALONE if REPORT.name in MEASURING else {"mem_mb": 2000, "runtime": 30})
         shell: CALL
 
 
@@ -152,5 +179,6 @@ for REPORT in REPORTS.values():
 rule index:
     input: [f"{OUT}/{name}" for report in REPORTS.values() for name in report.files]
     output: f"{OUT}/index.md", f"{OUT}/resources.md", f"{OUT}/resources.csv"
+    params: key=content_key([batch.report_key(report) for report in REPORTS.values()])
     resources: mem_mb=2000, runtime=10
     shell: f"{PYTHON} index --profile {PROFILE.name} --out {{OUT:q}}"

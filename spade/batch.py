@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'REPORTS', 'PHOTO_REPORTS', 'REPORTING', 'GUESS', 'GUESSED_REST', 'GUESSED_MB', 'Job', 'relative', 'command',
-           'environment', 'failing_cell', 'Outcome', 'end', 'Processes', 'run_job', 'run_jobs', 'watch', 'students',
-           'demo_students', 'job_of', 'prepare', 'photo_reports', 'report_jobs', 'latency_job', 'ready_teacher', 'demo',
-           'tell', 'Report', 'report_files', 'block', 'mri_reports', 'paper_reports', 'paper_runs', 'known_code_key',
-           'settings_key', 'report_key', 'likeness', 'like', 'trained_steps', 'estimate', 'uses_gpu', 'is_there',
-           'plan', 'tell_plan', 'memory_mb', 'minutes_to_reserve', 'job_resources', 'resources_by_rule',
-           'write_resources', 'visible_gpus', 'own_gpu', 'data_job', 'notebook_job', 'parser',
+           'environment', 'name_cell', 'failing_cell', 'Outcome', 'end', 'Processes', 'run_job', 'run_jobs', 'watch',
+           'students', 'demo_students', 'job_of', 'prepare', 'photo_reports', 'report_jobs', 'latency_job',
+           'ready_teacher', 'demo', 'tell', 'Report', 'report_files', 'block', 'mri_reports', 'paper_reports',
+           'paper_runs', 'known_code_key', 'settings_key', 'report_key', 'likeness', 'like', 'trained_steps',
+           'estimate', 'uses_gpu', 'is_there', 'plan', 'tell_plan', 'memory_mb', 'minutes_to_reserve', 'job_resources',
+           'resources_by_rule', 'write_resources', 'visible_gpus', 'own_gpu', 'data_job', 'notebook_job', 'parser',
            'termination_as_interrupt', 'carry_out', 'main']
 
 # %% ../nbs/32_batch.ipynb #c003
@@ -37,7 +37,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from .experiment import (Run, acquisition_files, checksum, code_cells, code_key, data_checksum, datasets, find_teacher, first_weights, is_complete, notebook_path, run_key,
+from .experiment import (Run, acquisition_files, checksum, code_cells, code_key, data_checksum, datasets, find_teacher, first_weights, is_complete, known_checksum, notebook_path, run_key,
                               settings_of, shipped_teacher, training_of, use_device, without_comments, write_csv)
 from .files import atomic_write, content_key, write_json
 from .models import NETWORKS
@@ -80,16 +80,22 @@ def environment(threads: int) -> dict[str, str]:
     return {**os.environ, **limits, "TQDM_DISABLE": "1", "PYTHONPATH": path, "PYTHONWARNINGS": QUIET}
 
 # %% ../nbs/32_batch.ipynb #c016
+def name_cell(cell: nbformat.NotebookNode) -> str:
+    """A cell by its execution count and first line."""
+    lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")] or [""]
+    return f"cell In [{cell.execution_count or '*'}]: {lines[0]}"
+
+
 def failing_cell(executed: Path) -> str:
-    """The failing cell of an executed notebook, its execution count and first line, and its error; empty if no cell failed."""
+    """The failing cell of an executed notebook and its error; the cell executed last if none has an error, as where memory ran out and the kernel was killed; empty without cells."""
     if not executed.is_file():
         return ""
-    for cell in nbformat.read(executed, as_version=4).cells:
+    begun = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.metadata.get("papermill", {}).get("start_time")]
+    for cell in begun:
         for output in cell.get("outputs", []):
             if output.output_type == "error":
-                lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")] or [""]
-                return f"cell In [{cell.execution_count}]: {lines[0]}\n    {output.ename}: {output.evalue}"
-    return ""
+                return f"{name_cell(cell)}\n    {output.ename}: {output.evalue}"
+    return name_cell(begun[-1]) if begun else ""
 
 # %% ../nbs/32_batch.ipynb #c018
 @dataclass(frozen=True)
@@ -161,7 +167,8 @@ def run_job(job: Job, threads: int = 1, processes: Processes | None = None) -> O
     seconds = time.perf_counter() - began
     if process.returncode:
         last = (errors.strip().splitlines() or [f"papermill ended with code {process.returncode}"])[-1]
-        return Outcome(job, "failed", seconds, failing_cell(job.output) or last)
+        cell = failing_cell(job.output)
+        return Outcome(job, "failed", seconds, cell if "\n" in cell else "\n    ".join(filter(None, (cell, last))))
     return Outcome(job, "done", seconds)
 
 # %% ../nbs/32_batch.ipynb #c032
@@ -266,7 +273,7 @@ def report_jobs(network: str, acceleration: int, profile: Profile, out: Path) ->
     if run.super_resolution:
         reports = photo_reports(profile, parameters)
     else:
-        reports = dict.fromkeys(REPORTS, dict(networks=network, acceleration=acceleration, **parameters))
+        reports = {name: dict(networks=network, acceleration=acceleration, **parameters) for name in REPORTS if (name, acceleration) != ("figure_3", 10)}
     return [Job(name, notebook_path(name), out / "notebooks" / f"{name}_{run.label}.ipynb", settings) for name, settings in reports.items()]
 
 # %% ../nbs/32_batch.ipynb #c058
@@ -287,6 +294,8 @@ def demo(network: str, profile: Profile, out: Path, acceleration: int = 6, data:
     """One network from raw data to its tables and figures; returns what became of every job."""
     if network not in profile.networks:
         raise ValueError(f"the profile {profile.name!r} has no network {network!r}; it has {', '.join(profile.networks)}")
+    if not Run(network, acceleration).super_resolution:
+        choose("acceleration of the paper's tables:", acceleration, TABLE_ACCELERATION.values())
     prepare(profile, network, acceleration, data)
     pools = dict(workers=profile.workers, threads=profile.threads)
     teachers = [job_of(run, profile, out, data, ready_teacher(run, profile)) for run in (Run(network, acceleration, seed=seed) for seed in profile.seeds)]
@@ -366,7 +375,7 @@ def paper_reports(profile: Profile) -> dict[str, Report]:
     evolving = [run for network, strategy in EVOLVING.items() if network in profile.networks
                 for run in block(profile, [network], 6, lambda run: run.start == "pruned" and run.strategy == strategy) if run.seed == profile.seeds[0]]
     if evolving:
-        reports.append(Report("figure_2", tuple(evolving), (), {"seed": profile.seeds[0]}, report_files("figure_2"), ("result.json", "network.safetensors")))
+        reports.append(Report("figure_2", tuple(evolving), (), {"seed": profile.seeds[0]}, (*report_files("figure_2"), "figure_2.csv"), ("result.json", "network.safetensors")))
     if "usrnet" in profile.networks:
         runs = block(profile, ["usrnet"])
         for name, settings in photo_reports(profile, {}).items():
@@ -391,8 +400,10 @@ def known_code_key(notebook: str) -> str:
 
 # %% ../nbs/32_batch.ipynb #c086
 def settings_key(run: Run, profile: Profile) -> str:
-    """Key of what a run is made by, as far as it is known before the data and the teacher are there: settings and code."""
-    return content_key(settings_of(run, profile), profile.networks[run.network].published, known_code_key(run.notebook))
+    """Key of what a run is made by, as far as it is known before the data and its teacher's run are there: settings, code, and the weights that ship or are published."""
+    published = profile.networks[run.network].published
+    ready = [] if run.strategy else [first_weights(run, profile), shipped_teacher(run, profile), resolve(published) if published else None]
+    return content_key(settings_of(run, profile), published, known_code_key(run.notebook), [known_checksum(path) for path in ready if path and path.is_file()])
 
 # %% ../nbs/32_batch.ipynb #c087
 def report_key(report: Report) -> str:
@@ -457,14 +468,18 @@ def plan(profile: Profile, out: Path, made_in: Path | None = None) -> pd.DataFra
 
 # %% ../nbs/32_batch.ipynb #c102
 def tell_plan(profile: Profile, out: Path, made_in: Path | None = None) -> str:
-    """The plan in words, with the estimate for as many jobs side by side as the profile has, or on one, four and sixteen GPUs."""
-    table = plan(profile, out, made_in)
+    """The plan of all tables and figures in words, with the estimate for as many jobs side by side as the profile has, or on one, four and sixteen GPUs.
+
+    Estimates come from the results in `made_in`; by default in `out`, or if that is empty in the profile's usual folder.
+    """
+    table = plan(profile, out, made_in or (out if read_runs(out) else resolve(f"outputs/{profile.name}")))
     left, minutes = int((table["jobs"] - table["there"]).sum()), table["minutes"].sum()
     trained = int((table["jobs"] - table["there"])[["pretrain", "finetune"]].sum())
-    counts = [profile.workers] if profile.device == "cpu" else [1, 4, 16]
-    told = ", ".join(f"{minutes / 60 / count:.1f} h on {count} GPU{'s' * (count > 1)}" if profile.device != "cpu" else f"{minutes / count:.0f} min with {count} side by side" for count in counts)
-    return (f"{profile.name}: {int(table['jobs'].sum())} jobs, {left} to do ({', '.join(f'{rule} {count}' for rule, count in (table['jobs'] - table['there']).items())})\n"
-            f"estimate for the runs: {told}; {int(table['measured'].sum())} of {trained} from measured runs, the others guessed. Time to simulate data and to measure latency comes on top.")
+    counts = [1, 4, 16] if uses_gpu(profile) else [profile.workers]
+    told = ", ".join(f"{minutes / 60 / count:.1f} h on {count} GPU{'s' * (count > 1)}" if uses_gpu(profile) else f"{minutes / count:.0f} min with {count} side by side" for count in counts)
+    return (f"{profile.name}, all tables and figures: {int(table['jobs'].sum())} jobs, {left} to do ({', '.join(f'{rule} {count}' for rule, count in (table['jobs'] - table['there']).items())})\n"
+            f"estimate for the runs: {told}; {int(table['measured'].sum())} of {trained} from measured runs, the others guessed. A run counts as done if its files are there. "
+            "Time to simulate data and to measure latency comes on top.")
 
 # %% ../nbs/32_batch.ipynb #c105
 def memory_mb(run: Run, profile: Profile, made: list[dict]) -> int:
@@ -514,14 +529,17 @@ def visible_gpus() -> list[str]:
 # %% ../nbs/32_batch.ipynb #c115
 @contextmanager
 def own_gpu(gpus: list[str], folder: str | Path = "", pause: float = 1.0) -> Iterator[str]:
-    """Hold one GPU of `gpus` that nobody else holds, waiting until there is one; gives its name, or "" where there is none at all. The locks lie in `folder`, by default the system's for temporary files."""
-    if not gpus:
+    """Hold one GPU of `gpus` that no other job of this user holds, waiting until there is one; gives its name, or "" where there is none at all or where Slurm has given this job its own.
+
+    The locks lie in `folder`, by default the system's for temporary files.
+    """
+    if not gpus or "SLURM_JOB_ID" in os.environ:
         yield ""
         return
     folder = folder or tempfile.gettempdir()
     while True:
         for name in gpus:
-            with (Path(folder) / f"spade-gpu-{name}.lock").open("a") as file:
+            with (Path(folder) / f"spade-gpu-{os.getuid()}-{name}.lock").open("a") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

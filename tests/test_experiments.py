@@ -63,6 +63,8 @@ def test_nothing_is_exported_from_experiments():
     ("finetune", {"start": "cold"}, "pruned, random"),
     ("finetune", {"ratio": 1.5}, "between 0 and 1"),
     ("table_1", {"networks": "varnet usrnnet"}, "deq, varnet, e2e-varnet"),
+    ("table_1", {"acceleration": 4}, "choose one of 6, 8, 10"),
+    ("pretrain", {"ratio": 0.4}, "choose one of 0"),
 ])
 def test_an_unknown_choice_fails_in_the_first_cell_and_names_the_choices(tmp_path, notebook, parameters, choices):
     job = Job("wrong", ROOT / "nbs" / "experiments" / f"{notebook}.ipynb", tmp_path / "run.ipynb", {"profile": "smoke", "out": str(tmp_path), **parameters})
@@ -160,12 +162,21 @@ def test_one_failing_job_does_not_stop_the_others(tmp_path, capfd):
     assert failing_cell(tmp_path / "1.ipynb") == ""
 
 
+def test_a_kernel_that_was_killed_is_told_with_its_cell(tmp_path):
+    cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("import os\nos.kill(os.getpid(), 9)")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "killed.ipynb")
+    outcome = run_job(Job("killed", tmp_path / "killed.ipynb", tmp_path / "out.ipynb"))
+    assert outcome.state == "failed" and "]: import os" in outcome.error and "Kernel died" in outcome.error
+
+
 def test_a_missing_notebook_is_reported_not_raised(tmp_path):
     outcome = run_job(Job("absent", tmp_path / "absent.ipynb", tmp_path / "out.ipynb"))
     assert outcome.state == "failed" and "absent.ipynb" in outcome.error
 
 
-@pytest.mark.parametrize("arguments, message", [(["--network", "unet"], "deq, varnet, e2e-varnet"), (["--profile", "dmeo"], "demo, gpu")])
+@pytest.mark.parametrize("arguments, message", [(["--network", "unet"], "deq, varnet, e2e-varnet"), (["--profile", "dmeo"], "demo, gpu"),
+                                                (["--acceleration", "4"], "choose one of 6, 8, 10")])
 def test_the_command_line_names_the_choices(arguments, message, capsys):
     assert main(["demo", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -107,6 +107,48 @@ def test_without_a_profile_the_batch_says_how_to_name_one(project):
     assert told.endswith("ended with 1") and "--configfile config/demo.yaml" in told
 
 
+def test_a_setting_that_would_be_ignored_is_refused(project):
+    told = snakemake("-n", "all", out=project / "out", partail="true")
+    assert told.endswith("ended with 1") and "unknown setting 'partail' in --config: choose one of results, acquisitions, partial" in told
+    shutil.copy(project / "config" / "smoke.yaml", project / "mine.yaml")
+    told = snakemake("-n", "all", out=project / "out", profile="mine.yaml")
+    assert told.endswith("ended with 1") and "mine.yaml is not in" in told
+
+
+def test_a_profile_with_a_mistake_is_refused_in_one_sentence(project):
+    text = (project / "config" / "smoke.yaml").read_text()
+    (project / "config" / "smoke.yaml").write_text(text.replace("workers: 2", "workers: 0"))
+    told = snakemake("-n", "all", out=project / "out")
+    assert told.endswith("ended with 1") and "smoke.yaml.workers is 0; expected at least 1" in told
+
+
+def test_the_batch_simulates_where_no_acquisitions_are_named(project):
+    """Snakemake quotes an empty string as nothing, so the option must not stand alone."""
+    command = [sys.executable, "-m", "snakemake", "out/data/R0.json", "--configfile", "config/smoke.yaml", "--config", "results=out", "--cores", "1"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads((project / "out" / "data" / "R0.json").read_text())["files"]) == len(list((project / "data" / "smoke").glob("*.h5"))) == 4
+
+
+def test_acquisitions_of_the_user_are_not_taken_for_photographs(project):
+    told = snakemake("out/runs/usrnet-teacher-seed0/result.json", "out/runs/deq-R6-teacher-seed0/result.json", "-n", "-p", out="out")
+    photographs, acquisitions = (next(line for line in told.splitlines() if "spade.batch job" in line and f"network: {name}," in line) for name in ("usrnet", "deq"))
+    assert "acquisitions" not in photographs and "data: out/acquisitions" in acquisitions
+
+
+def test_the_gpu_profile_is_planned_whole(project):
+    """Every job of it, with a GPU for what computes; nothing is made."""
+    command = [sys.executable, "-m", "snakemake", "all", "-n", *arguments(project / "out", "config/gpu.yaml")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    of_rule = dict(re.findall(r"rule (\w+):\n((?:    .*\n)+)", done.stdout + done.stderr))
+    assert {f"table_{n}" for n in range(1, 7)} | {f"figure_{n}" for n in range(1, 9)} <= set(of_rule)
+    assert all("gpu=1" in of_rule[rule] for rule in ("pretrain", "finetune", "latency", "figure_2"))
+    assert all("gpu=" not in of_rule[rule] for rule in ("table_1", "figure_5", "acquisitions", "index"))
+    stats, runs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.M)), paper_runs(load_profile("gpu")).values()
+    assert int(stats["pretrain"]) == sum(not run.strategy for run in runs) and int(stats["finetune"]) == sum(bool(run.strategy) for run in runs)
+
+
 # What a change makes again
 
 def pretend(project: Path) -> Path:
@@ -167,6 +209,15 @@ def test_the_key_of_settings_does_not_wait_for_data_or_teacher():
     run, profile = Run("varnet", 6, 0.40, "school"), load_profile("paper")
     assert settings_key(run, profile) == settings_key(run, profile) != settings_key(Run("varnet", 8, 0.40, "school"), profile)
     assert settings_key(Run("usrnet"), profile), "photographs that are not there yet"
+
+
+def test_other_weights_of_a_shipped_teacher_make_another_key(monkeypatch, tmp_path):
+    demo, run = load_profile("demo"), Run("varnet", 8)
+    key = settings_key(run, demo)
+    changed = tmp_path / "teacher.safetensors"
+    changed.write_bytes(b"other weights")
+    monkeypatch.setattr("spade.batch.first_weights", lambda run, profile: changed)
+    assert settings_key(run, demo) != key
 
 
 # Failing and going on
@@ -277,6 +328,10 @@ def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
         other.communicate()
         with own_gpu(["0", "1"], tmp_path) as second:
             assert second == "1"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with own_gpu(["0", "1"], tmp_path) as given:
+        assert given == "", "Slurm has given the job its GPUs, which have the same numbers in every job"
+    monkeypatch.delenv("SLURM_JOB_ID")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert visible_gpus() == ["3", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

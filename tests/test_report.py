@@ -2,18 +2,24 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 matplotlib.use("agg")
 
+from spade import figures  # noqa: E402
+from spade.data import Batch  # noqa: E402
 from spade.experiment import Run, write_csv, write_images  # noqa: E402
 from spade.files import write_json  # noqa: E402
+from spade.losses import STRATEGIES  # noqa: E402
 from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups  # noqa: E402
-from spade.figures import figure_1, figure_2, index_page, write_index  # noqa: E402
+from spade.figures import evolution, evolutions, figure_1, figure_2, index_page, write_index  # noqa: E402
+from spade.profiles import load_profile  # noqa: E402
 from spade.report import (caption_1, caption_3, caption_4, comparisons, comparisons_4, detail_window, each_seed, figure_3, figure_5, figure_7, figure_steps, for_print, image_psnr,  # noqa: E402
                           lost_over_seeds, mean_over_images, pick, printed_sizes, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, with_differences, won_back,
                           write_figure, write_table)
@@ -363,3 +369,83 @@ def test_the_index_shows_what_is_there_and_names_what_is_missing(out):
     assert "the caption" in page and "](figure_7_varnet_R6.png)" in page and "2 complete runs (VarNet 2), 1 seed" in page
     missing = next(line for line in page.splitlines() if "Missing" in line)
     assert "Table 2" in missing and "Table 1" not in missing and "Figure 7" not in missing and str(out.parent) not in page
+
+
+def test_the_index_tells_what_is_there_in_part_only(out):
+    """VarNet's teacher and one student have 4 numbers of 41, as nothing was timed; other networks have none."""
+    write_table(table_1(out, ["varnet"]), "the caption", out / "table_1_varnet_R6")
+    for name in ("figure_3_varnet_R6.png", "figure_7_varnet_R6.png", "figure_2.png"):
+        (out / name).touch()
+    write_csv(out / "figure_2.csv", pd.DataFrame([dict(network=network, ratio=ratio) for network in ("deq", "usrnet") for ratio in NAMED_RATIO if (network, ratio) != ("deq", 0.2)]))
+    part = next(line for line in index_page(out).splitlines() if line.startswith("- In part"))
+    assert "Table 1 (no DEQ; VarNet without 37 of 41 numbers; no E2E-VarNet)" in part
+    assert "Figure 3 (no DEQ; VarNet without 11 of 13 numbers; no E2E-VarNet)" in part and "Figure 7 (11 students missing)" in part and "Figure 2 (no DEQ at 35 %)" in part
+    assert "Nothing of the paper is missing" not in index_page(out)
+
+
+def test_the_index_tells_of_fewer_seeds(three_seeds):
+    shutil.rmtree(Run("varnet", 6, 0.40, "supervised", seed=2).folder(three_seeds))
+    write_table(table_1(three_seeds, ["varnet"]), "", three_seeds / "table_1_varnet_R6")
+    assert "VarNet with fewer seeds in 2 numbers" in index_page(three_seeds)
+
+
+def test_the_index_calls_complete_what_is_complete(tmp_path):
+    """Every run of the paper, and every file; then one run less."""
+    students = [(ratio, strategy) for ratio in NAMED_RATIO if ratio for strategy in STRATEGIES]
+    for network in ("deq", "varnet", "e2e-varnet"):
+        for acceleration in (6, 8, 10):
+            for run in (Run(network, acceleration), *(Run(network, acceleration, *which) for which in students)):
+                write_run(tmp_path, run, 40.0)
+        for ratio, strategy in students:
+            if network != "deq" and strategy != "school":
+                write_run(tmp_path, Run(network, 6, ratio, strategy, "random"), 30.0)
+        write_json(tmp_path / "latency" / f"{network}.json", {"rows": [dict(ratio=ratio, milliseconds=1.0, speed_up=1.0, parameters=1) for ratio in NAMED_RATIO]})
+    for run in (Run("usrnet"), *(Run("usrnet", ratio=ratio, strategy="school") for ratio in NAMED_RATIO if ratio)):
+        write_photo_run(tmp_path, run, 30.0)
+    write_json(tmp_path / "latency" / "usrnet.json", {"rows": [dict(ratio=ratio, milliseconds=1.0, speed_up=1.0, parameters=1) for ratio in NAMED_RATIO]})
+    for number, table in {1: table_1(tmp_path), 2: table_1(tmp_path, acceleration=8), 5: table_1(tmp_path, acceleration=10), 3: table_3(tmp_path)}.items():
+        write_table(table, "", tmp_path / f"table_{number}")
+    write_table(table_4(tmp_path), "", tmp_path / "table_4_usrnet")
+    write_table(table_4(tmp_path, [4]), "", tmp_path / "table_6_usrnet")
+    write_csv(tmp_path / "figure_2.csv", pd.DataFrame([dict(network=network, ratio=ratio) for network in ("deq", "usrnet") for ratio in NAMED_RATIO]))
+    for name in ("figure_1", "figure_2", "figure_3", "figure_4", "figure_5_usrnet", "figure_6_deq_R6", "figure_7_varnet_R6", "figure_8_e2e-varnet_R6"):
+        (tmp_path / f"{name}.png").touch()
+    page = index_page(tmp_path)
+    assert "Nothing of the paper is missing" in page and "In part" not in page and "Missing here" not in page
+    shutil.rmtree(Run("usrnet", ratio=0.40, strategy="school").folder(tmp_path))
+    write_table(table_4(tmp_path), "", tmp_path / "table_4_usrnet")
+    page = index_page(tmp_path)
+    assert "In part: Table 4 (×2 without 4 of 35 numbers; ×3 without 4 of 35 numbers), Figure 5 (1 student missing)." in page and "Nothing of the paper" not in page
+
+
+# Figure 2 where there is no GPU, no folder of photographs, or an iteration more in one turn
+
+def test_figure_2_needs_no_device_where_there_are_no_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "use_device", lambda profile: pytest.fail("no weights are there"))
+    assert evolutions(load_profile("gpu"), tmp_path).empty
+
+
+def test_figure_2_gives_the_folder_of_acquisitions_to_csmri_only(tmp_path, monkeypatch):
+    profile, given = load_profile("smoke"), {}
+    monkeypatch.setattr(figures, "stored_networks", lambda *_: {0.0: tmp_path, 0.40: tmp_path})
+    monkeypatch.setattr(figures, "datasets", lambda profile, run, data, progress: given.update({run.network: data}) or {"test": None})
+    monkeypatch.setattr(figures, "picture_batches", lambda *_: [torch.zeros(1)])
+    monkeypatch.setattr(figures, "load_teacher", lambda path: torch.nn.Identity())
+    monkeypatch.setattr(figures, "move", lambda batch, device: batch)
+    monkeypatch.setattr(figures, "evolution", lambda *_: pd.DataFrame({"ratio": [0.0]}))
+    assert set(evolutions(profile, tmp_path, data="acquisitions")["network"]) == {"deq", "usrnet"} and given == {"deq": "acquisitions", "usrnet": ""}
+
+
+def test_figure_2_survives_turns_of_different_length():
+    class Solver(torch.nn.Module):
+        """Needs four iterations when it is followed, then three, four and five."""
+        lengths = [4, 3, 4, 5]
+
+        def solve(self, y, A, record=False):
+            count = self.lengths.pop(0)
+            image = torch.ones(1, 1, 4, 4)
+            return image, SimpleNamespace(residuals=[torch.ones(1)] * count, seconds=[1.0] * count, images=[image] * count if record else None)
+
+    batch = Batch(torch.zeros(1), None, 2 * torch.ones(1, 1, 4, 4), {})
+    table = evolution({0.0: Solver()}, batch, repeats=3)
+    assert table["iteration"].tolist() == [1, 2, 3] and table["seconds"].tolist() == [1.0, 2.0, 3.0]

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['fft2c', 'ifft2c', 'LinearOperator', 'check_shape', 'normalize_maps', 'check_maps', 'as_mask', 'check_fit',
-           'MultiCoilMRI', 'inner', 'adjoint_error', 'linearity_error', 'gradient_error', 'operator_norm', 'as_kernel',
-           'kernel_spectrum', 'fold', 'BlurDownsample']
+           'MultiCoilMRI', 'inner', 'adjoint_error', 'linearity_error', 'gradient_error', 'operator_norm', 'on_device',
+           'as_kernel', 'kernel_spectrum', 'fold', 'BlurDownsample']
 
 # %% ../nbs/00_operators.ipynb #c003
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from .sampling import effective_rate
 
 # %% ../nbs/00_operators.ipynb #c006
 def fft2c(
@@ -102,8 +105,8 @@ def check_fit(
 class MultiCoilMRI(LinearOperator):
     """The measurement of multi-coil MRI, $A = PFS$: coil maps, centred orthonormal Fourier transform, sampling mask.
 
-    Where Σ|S|² ≤ 1, ‖A‖ ≤ 1. Results have the precision of the maps. One mask or set of maps serves any batch; several serve
-    a batch of their number. Every call raises `ValueError` for a shape that does not fit."""
+    Where Σ|S|² ≤ 1, ‖A‖ ≤ 1. Results have the precision of the maps or of the input, whichever is higher. One mask or set of maps
+    serves any batch; several serve a batch of their number. Every call raises `ValueError` for a shape that does not fit."""
 
     def __init__(self,
         mask: Tensor, # bool `(W,)`, `(B, 1, 1, W)` or `(B, 1, H, W)`; `True` where k-space was measured
@@ -143,7 +146,7 @@ class MultiCoilMRI(LinearOperator):
     @property
     def sampling_rate(self) -> float:
         "The fraction of k-space that was measured, ACS lines included."
-        return self.mask.double().mean().item()
+        return effective_rate(self.mask)
 
     def with_maps(self, maps: Tensor) -> "MultiCoilMRI":
         "The same mask with other maps, e.g. those that E2E-VarNet estimates."
@@ -154,10 +157,12 @@ class MultiCoilMRI(LinearOperator):
         return MultiCoilMRI(mask, self.maps)
 
     def transformed(self,
-        phi: Callable[[Tensor], Tensor], # e.g. a rotation; acts on complex `(B, C, H, W)`
+        phi: Callable[[Tensor], Tensor], # e.g. a rotation, or one for each image of a batch; acts on complex `(B, C, H, W)`
+        batch: int = 1,                  # images that `phi` moves; one set of maps is repeated for each of them
     ) -> "MultiCoilMRI":
         "The operator whose maps were moved by `phi` and are normalised again; the mask stays."
-        return self.with_maps(normalize_maps(phi(self.maps)))
+        maps = self.maps if len(self.maps) > 1 else self.maps.expand(batch, -1, -1, -1)
+        return self.with_maps(normalize_maps(phi(maps)))
 
 # %% ../nbs/00_operators.ipynb #c032
 def inner(left: Tensor, right: Tensor) -> Tensor:
@@ -199,6 +204,18 @@ def operator_norm(
     return x.norm().sqrt().item()
 
 # %% ../nbs/00_operators.ipynb #c052
+def on_device(
+    A: nn.Module,
+    device: torch.device | str,
+) -> nn.Module: # `A` itself if all of it lies there, else a copy
+    "The operator on `device`; the one given stays where it is."
+    device = torch.empty(0, device=device).device  # "cuda" with its number
+    if all(tensor.device == device for tensor in (*A.parameters(), *A.buffers())):
+        return A
+    shared = {id(buffer): buffer for buffer in A.buffers()}  # `.to` replaces buffers, so the copy need not have its own before
+    return copy.deepcopy(A, shared).to(device)
+
+# %% ../nbs/00_operators.ipynb #c057
 def as_kernel(
     kernel: Tensor, # float `(h, w)` or `(B, 1, h, w)`
 ) -> Tensor:        # float `(1 or B, 1, h, w)`
@@ -215,7 +232,7 @@ def as_kernel(
         raise ValueError(f"kernel must sum to one, found {', '.join(f'{value:.4g}' for value in sums.tolist())}.")
     return kernel
 
-# %% ../nbs/00_operators.ipynb #c055
+# %% ../nbs/00_operators.ipynb #c060
 def kernel_spectrum(
     kernel: Tensor,          # float `(B, 1, h, w)`
     shape: tuple[int, int],  # (H, W) of the image
@@ -227,7 +244,7 @@ def kernel_spectrum(
     padded = torch.nn.functional.pad(kernel, (0, width - columns, 0, height - rows))
     return torch.fft.fft2(padded.roll((-(rows // 2), -(columns // 2)), dims=(-2, -1)))
 
-# %% ../nbs/00_operators.ipynb #c058
+# %% ../nbs/00_operators.ipynb #c063
 def fold(
     spectrum: Tensor, # `(..., H, W)`
     scale: int,       # divides both sides
@@ -236,7 +253,7 @@ def fold(
     height, width = spectrum.shape[-2:]
     return spectrum.reshape(*spectrum.shape[:-2], scale, height // scale, scale, width // scale).mean(dim=(-4, -2))
 
-# %% ../nbs/00_operators.ipynb #c061
+# %% ../nbs/00_operators.ipynb #c066
 class BlurDownsample(LinearOperator):
     """The measurement of super-resolution: a circular blur, then the upper-left pixel of each block of `scale` × `scale`.
 

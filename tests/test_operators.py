@@ -7,7 +7,7 @@ import torch
 from scipy.ndimage import convolve
 
 from spade.operators import (BlurDownsample, LinearOperator, MultiCoilMRI, adjoint_error, fft2c, fold, gradient_error, kernel_spectrum,
-                             linearity_error, normalize_maps, operator_norm)
+                             linearity_error, normalize_maps, on_device, operator_norm)
 
 
 def random_complex(*shape: int, seed: int = 0, dtype: torch.dtype = torch.complex128) -> torch.Tensor:
@@ -152,10 +152,11 @@ def test_the_three_shapes_of_a_mask_agree():
 
 
 @pytest.mark.parametrize("dtype", (torch.complex64, torch.complex128))
-def test_precision_follows_the_maps(dtype):
+def test_precision_is_the_higher_of_maps_and_input(dtype):
     A = MultiCoilMRI(torch.ones(8, dtype=torch.bool), normalize_maps(random_complex(1, 2, 6, 8, dtype=dtype)))
     x = random_complex(1, 1, 6, 8, dtype=dtype)
     assert A(x).dtype == dtype and A.adjoint(A(x)).dtype == dtype
+    assert A(x.to(torch.complex128)).dtype == torch.complex128 and A(x.to(torch.complex64)).dtype == dtype
     assert torch.allclose(A.normal(x), x, atol=1e-5)
 
 
@@ -174,6 +175,36 @@ def test_transformed_maps_are_normalised_and_the_operator_is_left_alone():
     assert torch.equal(A.maps, before) and torch.equal(moved.mask, A.mask)
     power = moved.maps.abs().square().sum(dim=1)
     assert torch.allclose(power, torch.ones_like(power)) and adjoint_error(moved, x, y) < 1e-10
+
+
+def test_one_set_of_maps_is_moved_with_each_image_of_a_batch():
+    A, x, y = mri(1, 2, (8, 8), (8,))
+    turns = lambda images: torch.stack([image.rot90(k + 1, dims=(-2, -1)) for k, image in zip(range(3), images, strict=True)])
+    moved = A.transformed(turns, batch=3)
+    assert moved.maps.shape == (3, 2, 8, 8)
+    for k, maps in enumerate(moved.maps):
+        assert torch.equal(maps, A.transformed(lambda image: image.rot90(k + 1, dims=(-2, -1))).maps[0])
+    assert torch.equal(A.transformed(lambda image: image).maps, A.transformed(lambda image: image, batch=1).maps)
+
+
+@pytest.mark.parametrize("device", ("meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))))
+def test_on_device_leaves_the_operator_where_it_is(device):
+    class Within(torch.nn.Module):
+        "An operator that holds another, a parameter and a table of results."
+        def __init__(self):
+            super().__init__()
+            self.inside, self.weight = mri(1, 2, (6, 8), (8,))[0], torch.nn.Parameter(torch.ones(2))
+
+    blurring = BlurDownsample(torch.full((3, 3), 1 / 9), 2)
+    kept = blurring.transfer((4, 6))
+    for A in (mri(1, 2, (6, 8), (8,))[0], blurring, Within()):
+        before = {name: (id(tensor), tensor.clone()) for name, tensor in (*A.named_parameters(), *A.named_buffers())}
+        moved = on_device(A, torch.device(device))
+        assert moved is not A and type(moved) is type(A) and all(tensor.device.type == device for tensor in moved.state_dict().values())
+        for name, tensor in (*A.named_parameters(), *A.named_buffers()):
+            assert id(tensor) == before[name][0] and tensor.device.type == "cpu" and torch.equal(tensor, before[name][1])
+        assert on_device(A, "cpu") is A
+    assert blurring.transfer((4, 6)) is kept
 
 
 def test_normalised_zero_maps_have_a_finite_gradient():

@@ -150,6 +150,17 @@ def test_backward_divergence_says_so():
         result.sum().backward()
 
 
+def test_limit_of_growth_is_the_callers():
+    def slow(x):
+        return .995 * x + 1  # rests at 200, and starts at 1
+    with pytest.raises(DivergenceError, match="times as large"):
+        fixed_point(slow, torch.ones(1, 1, dtype=torch.float64))
+    _, answer, trace = fixed_point(slow, torch.ones(1, 1, dtype=torch.float64), largest_growth=math.inf)
+    assert trace.converged and answer.item() == pytest.approx(200, rel=1e-6)
+    with pytest.raises(DivergenceError, match="iteration 1"):  # not finite is refused even so
+        fixed_point(lambda x: x / 0, torch.ones(1, 1), largest_growth=math.inf)
+
+
 # --- the gradient ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("solver", ["plain", "anderson"])
@@ -169,6 +180,15 @@ def test_eq4_against_finite_differences(solver):
             weight += h * direction
         expected = (values[0] - values[1]) / (2 * h)
         assert (weight.grad * direction).sum().item() == pytest.approx(expected, rel=1e-6, abs=1e-8), name
+
+
+@pytest.mark.parametrize("memory, iterations", [(5, 100), (1, 4000)])
+def test_a_slow_step_has_the_gradient_of_the_closed_form(memory, iterations):
+    "T(x) = a x + b rests at b / (1 - a): with a = 0.995 and b = 1, dx/db = 200 and dx/da = 40000."
+    a, b = (torch.full((1, 1), value, dtype=torch.float64, requires_grad=True) for value in (.995, 1.))
+    result = attach_gradient(lambda x: a * x + b, torch.full((1, 1), 200., dtype=torch.float64), "implicit", memory, iterations, 1e-9)
+    by_a, by_b = torch.autograd.grad((.25 * result).sum(), (a, b))
+    assert by_b.item() == pytest.approx(.25 * 200, rel=1e-6) and by_a.item() == pytest.approx(.25 * 40_000, rel=1e-6)
 
 
 def test_eq4_against_unrolled_iterations():

@@ -7,6 +7,7 @@ __all__ = ['norms', 'relative_step', 'Trace', 'DivergenceError', 'diverged', 'as
            'attach_gradient', 'start_as_damping', 'DEQ']
 
 # %% ../../nbs/models/12_deq.ipynb #c003
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -92,8 +93,9 @@ def fixed_point(
     must_progress: bool = True, # raise also if the last step is longer than the first
     keep_images: bool = False, # write the iterates into the trace
     advice: str = "solver='anderson', a smaller alpha or gamma, a smaller learning rate, or a smaller train_iterations", # for the error
+    largest_growth: float = 100., # raise if an iterate's norm reaches this many times that of the larger of the first two; math.inf: any finite norm will do
     ) -> tuple[Tensor, Tensor, Trace]: # the last iterate x, T(x), the record
-    "Search x = T(x) for each image of a batch; raises `DivergenceError` if an image runs away."
+    "Search x = T(x) for each image of a batch; raises `DivergenceError` if an image runs away, `ValueError` for a start that is not finite."
     if max_iterations < 1: raise ValueError(f"max_iterations must be at least 1, found {max_iterations}.")
     if not bool(start.isfinite().all()): raise ValueError("the fixed-point search starts from an image that is not finite: check the measurement for NaN and infinity.")
     x, active, trace = start, None, Trace()
@@ -108,7 +110,7 @@ def fixed_point(
         trace.seconds.append(time.perf_counter() - began)
         if keep_images: trace.images.append(answer.cpu())
         growth = norms(answer) / size.clamp_min(torch.finfo(step_length.dtype).tiny)
-        if not bool((step_length.isfinite() & (growth < 100)).all()): raise diverged(iteration, step_length, growth, advice)
+        if not bool((step_length.isfinite() & (growth < largest_growth)).all()): raise diverged(iteration, step_length, growth, advice)
         still = step_length >= tolerance
         trace.converged = not bool(still.any())
         if trace.converged or iteration == max_iterations: break
@@ -137,13 +139,13 @@ def attach_gradient(
         def adjoint_step(u: Tensor) -> Tensor:
             return torch.autograd.grad(answer, point, u, retain_graph=True)[0] + loss_gradient
         advice = "gradient='jacobian-free' instead of eq. 4, or a smaller learning rate: this was the backward pass"
-        return fixed_point(adjoint_step, loss_gradient, memory, max_iterations, tolerance, advice=advice)[1]
+        return fixed_point(adjoint_step, loss_gradient, memory, max_iterations, tolerance, advice=advice, largest_growth=math.inf)[1]
 
     result = answer.clone()  # the hook sits on the copy, so that the products above do not trigger it
     result.register_hook(solve)
     return result
 
-# %% ../../nbs/models/12_deq.ipynb #c032
+# %% ../../nbs/models/12_deq.ipynb #c034
 @torch.no_grad()
 def start_as_damping(
     edsr: EDSR, # fresh, 2 channels in and out; changed in place
@@ -160,7 +162,7 @@ def start_as_damping(
     edsr.tail.weight[:, :, 1, 1] += back
     edsr.tail.bias -= back @ edsr.head.bias
 
-# %% ../../nbs/models/12_deq.ipynb #c034
+# %% ../../nbs/models/12_deq.ipynb #c036
 class DEQ(nn.Module):
     "Deep equilibrium model for MRI with an EDSR prior shared by all iterations; 999,428 parameters by default."
     def __init__(self,
@@ -215,9 +217,10 @@ class DEQ(nn.Module):
         return found
 
     def forward(self,
-        y: Tensor, # complex, (B, coils, H, W), zero where not measured
-        A: nn.Module # its operator
-        ) -> Tensor: # complex, (B, 1, H, W)
+        y: Tensor, # complex64 or complex128 like the weights, (B, coils, H, W), zero where not measured
+        A: nn.Module # its operator, whose coils and size fit `y`
+        ) -> Tensor: # complex, (B, 1, H, W), dtype of `y`
+        "The reconstruction: the fixed point that the search from the zero-filled image finds; raises `DivergenceError` if it runs away, `ValueError` if `y` is not finite or does not fit `A`."
         x, answer, _ = self.search(y, A)
         if not torch.is_grad_enabled(): return answer
         return attach_gradient(lambda x: self.step(x, y, A), x, self.gradient, self.memory, self.backward_iterations, self.backward_tolerance)

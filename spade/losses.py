@@ -113,7 +113,7 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
 # %% ../nbs/21_losses.ipynb #c063
 def rotate_right(x: Tensor, quarters: Tensor) -> Tensor:
     "Turn each image of (B, C, H, W) by its own number of quarter turns (B,): pixels move, none is interpolated."
-    return torch.stack([torch.rot90(image, int(k), dims=(-2, -1)) for image, k in zip(x, quarters)])
+    return torch.stack([torch.rot90(image, int(k), dims=(-2, -1)) for image, k in zip(x, quarters, strict=True)])
 
 # %% ../nbs/21_losses.ipynb #c067
 def draw_quarters(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -161,10 +161,10 @@ def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callab
     if rotate_maps and not callable(getattr(A, "transformed", None)):
         raise TypeError(f"rotate_maps=True needs an operator with transformed(), {type(A).__name__} has none")
     x_phi = rotation(x_hat.detach() if detach else x_hat)
-    A_phi = A.transformed(rotation) if rotate_maps else A
+    A_phi = A.transformed(rotation, len(x_hat)) if rotate_maps else A
     return loss(model(A_phi(x_phi), A_phi), x_phi)
 
-# %% ../nbs/21_losses.ipynb #c089
+# %% ../nbs/21_losses.ipynb #c091
 def self_supervised_loss(
     model: nn.Module,
     y: Tensor,  # complex (B, coils, H, W), or a photograph's, (B, 3, h, w)
@@ -184,7 +184,7 @@ def self_supervised_loss(
     rotation = draw_rotation(rotations, x_hat, generator, not x_hat.is_complex() if flips is None else flips)
     return loss + weight * equivariance(model, x_hat, A_model, rotation, rotate_maps=rotate_maps, detach=detach)
 
-# %% ../nbs/21_losses.ipynb #c095
+# %% ../nbs/21_losses.ipynb #c097
 class Strategy:
     "What the training loop asks: `strategy(model, batch, generator)` is the loss of one batch."
     name = ""
@@ -201,7 +201,7 @@ class Strategy:
         "Move whatever the strategy computes with."
         return self
 
-# %% ../nbs/21_losses.ipynb #c097
+# %% ../nbs/21_losses.ipynb #c099
 class Supervised(Strategy):
     "Eq. 7; the only strategy that reads the ground truth."
     name, needs_ground_truth = "supervised", True
@@ -218,13 +218,13 @@ class Supervised(Strategy):
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, "loss": self.loss.__name__}
 
-# %% ../nbs/21_losses.ipynb #c099
+# %% ../nbs/21_losses.ipynb #c101
 def weights_key(weights: nn.Module | dict[str, Tensor]) -> str:
     "Sixteen hexadecimal digits that change when any weight, name or width of a model, or of its state dict, does."
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     return content_key(*(part for name in sorted(state) for part in (name, state[name])))
 
-# %% ../nbs/21_losses.ipynb #c103
+# %% ../nbs/21_losses.ipynb #c105
 class School(Strategy):
     "Eq. 8; keeps a frozen copy of the teacher and remembers its answers."
     name = "school"
@@ -256,7 +256,7 @@ class School(Strategy):
         self.answers.clear()
         return self
 
-# %% ../nbs/21_losses.ipynb #c105
+# %% ../nbs/21_losses.ipynb #c107
 class SelfSupervised(Strategy):
     "Eq. 9; sees measurements only."
     name = "self-supervised"
@@ -274,7 +274,7 @@ class SelfSupervised(Strategy):
     def settings(self) -> dict[str, Any]:
         return {"strategy": self.name, **self.choices}
 
-# %% ../nbs/21_losses.ipynb #c107
+# %% ../nbs/21_losses.ipynb #c109
 STRATEGIES = ("supervised", "school", "self-supervised")
 
 def make_strategy(name: str, teacher: nn.Module | None = None, loss: Loss | str = smooth_l1, **settings) -> Strategy:

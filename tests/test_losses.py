@@ -37,6 +37,12 @@ def small(network: type) -> nn.Module:
     return network(num_cascades=1, channels=4, num_pools=2, **sensitivity)
 
 
+class Zero(nn.Module):
+    """Answers with the zero-filled image."""
+    def forward(self, y, A):
+        return A.adjoint(y)
+
+
 class Image(nn.Module):
     """Answers with the image it holds."""
     def __init__(self, image):
@@ -304,3 +310,26 @@ def test_school_tells_scales_apart():
 
 def test_the_default_loss_of_usrnet_is_l1():
     assert default_loss(type("USRNet", (Enlarge,), {})()) is l1
+
+
+@pytest.mark.parametrize("rotations", ["any", "right"])
+def test_one_set_of_maps_turns_with_each_image_of_a_batch(rotations):
+    "As if there were a copy of the maps for each of the three images, and as if they came one by one."
+    y, A, x, _ = make_batch(batch=3, size=(16, 16), dtype=torch.complex128)
+    shared, model = MultiCoilMRI(A.mask, A.maps[:1]), Zero()
+    copies = MultiCoilMRI(A.mask, A.maps[:1].repeat(3, 1, 1, 1))
+    phi = draw_rotation(rotations, x, torch.Generator().manual_seed(4))
+    together = equivariance(model, x, shared, phi, rotate_maps=True)
+    assert together == equivariance(model, x, copies, phi, rotate_maps=True) > 0
+    alone = []
+    for i in range(3): # each image by itself, and the maps turned as the i-th
+        turned = lambda t, i=i: phi(t.expand(3, -1, -1, -1))[i:i + 1]
+        alone.append(equivariance(model, x[i:i + 1], shared, turned, rotate_maps=True))
+    assert torch.isclose(together, torch.stack(alone).mean())
+    losses = [self_supervised_loss(model, shared(x), B, torch.Generator().manual_seed(1), rotations, rotate_maps=True) for B in (shared, copies)]
+    assert losses[0] == losses[1]
+
+
+def test_fewer_turns_than_images_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        rotate_right(torch.zeros(3, 1, 4, 4), torch.tensor([1]))

@@ -9,7 +9,7 @@ from skimage.metrics import structural_similarity
 from torch import nn
 
 from spade.losses import (STRATEGIES, data_fidelity, default_loss, draw_rotation, equivariance, l1, make_strategy, rotate, rotate_right, self_supervised_loss,
-                          smooth_l1, squared_error, ssim_loss)
+                          smooth_l1, squared_error, ssim_l1_loss, ssim_loss)
 from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
 from spade.training import train
@@ -333,3 +333,15 @@ def test_one_set_of_maps_turns_with_each_image_of_a_batch(rotations):
 def test_fewer_turns_than_images_are_refused():
     with pytest.raises(ValueError, match="zip"):
         rotate_right(torch.zeros(3, 1, 4, 4), torch.tensor([1]))
+
+
+def test_both_terms_of_ssim_and_l1_see_a_real_image_as_it_is():
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 9, 10, generator=g)
+    x_hat = x - 0.4
+    assert (x_hat < 0).any()
+    assert torch.isclose(ssim_l1_loss(x_hat, x) - ssim_loss(x_hat, x), torch.tensor(4 * 0.4))
+    turned = make_batch().x
+    assert ssim_l1_loss(1j * turned, turned) < 1e-4 # a complex image: magnitudes alone
+    expected = ssim_loss(0.9 * turned, turned) + 4.0 * ((0.9 * turned).abs() - turned.abs()).abs().mean()
+    assert ssim_l1_loss(0.9 * turned, turned) == expected

@@ -122,6 +122,34 @@ def test_teacher_is_untouched_bit_for_bit(net):
     assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in student.parameters()}
 
 
+def test_training_mode_leaves_no_trace():
+    "Neither the statistics of a batch norm nor the caller's random numbers may notice, and all modes come back."
+    net = nn.Sequential(nn.Conv2d(2, 10, 3), nn.BatchNorm2d(10), nn.Dropout(0.5), nn.ReLU(), nn.Conv2d(10, 8, 3), nn.BatchNorm2d(8).eval(), nn.Conv2d(8, 2, 3))
+    with torch.no_grad():
+        net[1].running_mean.copy_(5 + torch.arange(10))
+        net[5].running_var.copy_(2 + torch.arange(8))
+    net[1].num_batches_tracked.fill_(7)
+    modes, generator, before = [m.training for m in net.modules()], torch.random.get_rng_state(), copy.deepcopy(net.state_dict())
+    student = prune(net, 0.40, [(net, torch.full((2, 2, 12, 12), 9.0), [net[6]])])
+    count_macs(net, torch.full((2, 2, 12, 12), 9.0))
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert [m.training for m in net.modules()] == [m.training for m in student.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    for group in student.pruning_report.groups:
+        layer = {10: 1, 8: 5}[group.before]
+        kept = [k for k in range(group.before) if k not in group.removed]
+        for name, value in student[layer].named_buffers():
+            teachers = getattr(net[layer], name)
+            assert torch.equal(value, teachers[kept] if teachers.ndim else teachers), (layer, name)
+
+
+def test_modes_come_back_after_a_failure(net):
+    net.train()
+    with pytest.raises(RuntimeError):
+        count_macs(net, torch.zeros(1, 3, 8, 8))
+    assert all(m.training for m in net.modules())
+
+
 def test_two_prunings_do_not_interact(net):
     other = Skips(12)
     alone = prune(net, 0.30, priors(net))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'PRUNABLE', 'FOLLOWING', 'Prior', 'Member', 'evaluating', 'ready_to_trace', 'dependency_graph',
            'members_of', 'filter_l1', 'group_l1', 'width_after', 'LayerGroup', 'PruningReport', 'count_parameters',
-           'layer_macs', 'count_macs', 'plan', 'prune_prior', 'find_priors', 'prune', 'fan_in_ratio', 'randomize']
+           'layer_macs', 'count_macs', 'check_group_norms', 'plan', 'prune_prior', 'find_priors', 'prune',
+           'fan_in_ratio', 'randomize']
 
 # %% ../nbs/20_pruning.ipynb #c003
 import copy
@@ -200,10 +201,19 @@ def count_macs(model: nn.Module, *inputs) -> int:
     return total
 
 # %% ../nbs/20_pruning.ipynb #c060
+def check_group_norms(names: dict[nn.Module, str], lost: dict[nn.Module, set[int]], ratio: float) -> None:
+    "Raise for a GroupNorm that would have channels left over, having lost those in `lost`."
+    for norm, channels in lost.items():
+        left = norm.num_channels - len(channels)
+        if left % norm.num_groups:
+            raise ValueError(f"ratio {ratio:g} would leave {left} of the {norm.num_channels} channels of layer {names[norm]!r}, which its {norm.num_groups} groups "
+                             "cannot share evenly; choose another ratio or keep the layer before it")
+
+# %% ../nbs/20_pruning.ipynb #c063
 def plan(module: nn.Module, graph: tp.DependencyGraph, keep: Sequence[nn.Module], ratio: float, prefix: str = ""
          ) -> list[tuple[tp.dependency.Group, LayerGroup]]:
     "Rank every layer group of one traced CNN and choose what goes, before anything is cut."
-    names, chosen = {m: name for name, m in module.named_modules()}, []
+    names, chosen, lost = {m: name for name, m in module.named_modules()}, [], {}
     for group in graph.get_all_groups(ignored_layers=list(keep), root_module_types=list(PRUNABLE)):
         members = members_of(group, graph, names)
         root, width = members[0], len(group[0].idxs)
@@ -218,11 +228,15 @@ def plan(module: nn.Module, graph: tp.DependencyGraph, keep: Sequence[nn.Module]
                              "choose a smaller ratio or keep this layer")
         scores = group_l1(members, width)
         removed = torch.argsort(scores, stable=True)[: width - after].sort().values
+        for m in members:
+            if isinstance(m.module, nn.GroupNorm):
+                lost.setdefault(m.module, set()).update(m.channels[torch.isin(m.k, removed)].tolist())
         layers = tuple((m.name, m.side) for m in members if filter_l1(m) is not None)
         chosen.append((group, LayerGroup(prefix + root.name, layers, tuple(scores.tolist()), tuple(removed.tolist()))))
+    check_group_norms(names, lost, ratio)
     return chosen
 
-# %% ../nbs/20_pruning.ipynb #c066
+# %% ../nbs/20_pruning.ipynb #c069
 def prune_prior(module: nn.Module, example: tuple[Tensor, ...], keep: Sequence[nn.Module], ratio: float, prefix: str = "") -> list[LayerGroup]:
     "Prune one CNN in place and say what went; raises if its output changes shape."
     with evaluating(module), torch.no_grad():
@@ -238,10 +252,10 @@ def prune_prior(module: nn.Module, example: tuple[Tensor, ...], keep: Sequence[n
                          "name its last layer among the layers to keep")
     return [layer_group for _, layer_group in chosen]
 
-# %% ../nbs/20_pruning.ipynb #c070
+# %% ../nbs/20_pruning.ipynb #c073
 Prior = tuple[nn.Module, Tensor | tuple[Tensor, ...], Sequence[nn.Module]]  # a CNN, an example input, the layers whose width stays
 
-# %% ../nbs/20_pruning.ipynb #c072
+# %% ../nbs/20_pruning.ipynb #c075
 def find_priors(teacher: nn.Module, priors: Iterable[Prior] | None) -> list[tuple[str, nn.Module, tuple[Tensor, ...], list[nn.Module]]]:
     "The CNNs to prune, each once, with its name in `teacher`; raises where there is none."
     if priors is None and not callable(getattr(teacher, "priors", None)):
@@ -259,7 +273,7 @@ def find_priors(teacher: nn.Module, priors: Iterable[Prior] | None) -> list[tupl
         raise ValueError(f"{type(teacher).__name__} names no CNN to prune: its list of priors is empty")
     return list(found.values())
 
-# %% ../nbs/20_pruning.ipynb #c074
+# %% ../nbs/20_pruning.ipynb #c077
 def prune(
     teacher: nn.Module,  # stays as it is, bit for bit
     ratio: float,  # pre-defined ratio in (0, 1); the paper's are 0.05, 0.10, 0.20, 0.40
@@ -281,7 +295,7 @@ def prune(
     student.pruning_report = report
     return student
 
-# %% ../nbs/20_pruning.ipynb #c094
+# %% ../nbs/20_pruning.ipynb #c097
 def fan_in_ratio(layer: nn.Module, before: Tensor) -> float:
     "sqrt(fan-in before / fan-in after) of a layer whose weight had the shape of `before`; 1 for anything but a convolution or a linear layer."
     if not isinstance(layer, PRUNABLE):
@@ -289,7 +303,7 @@ def fan_in_ratio(layer: nn.Module, before: Tensor) -> float:
     fan = nn.init._calculate_fan_in_and_fan_out
     return math.sqrt(fan(before)[0] / fan(layer.weight)[0])
 
-# %% ../nbs/20_pruning.ipynb #c096
+# %% ../nbs/20_pruning.ipynb #c099
 def randomize(
     student: nn.Module,  # stays as it is
     seed: int,
@@ -303,7 +317,7 @@ def randomize(
         torch.manual_seed(seed)
         reference = build() if build is not None else type(student)(**student.config())
     drawn, fresh = dict(reference.state_dict()), copy.deepcopy(student)
-    layers = dict(fresh.named_modules())
+    layers = dict(fresh.named_modules(remove_duplicate=False))  # a layer in two places has two names in the state dict
     with torch.no_grad():
         for name, value in fresh.state_dict().items():
             owner, _, _ = name.rpartition(".")

@@ -106,6 +106,60 @@ def test_foreign_network(tmp_path):
         load(tmp_path / "m", model=make("DEQ"))
 
 
+class Shared(nn.Module):
+    """One convolution in two places, and two layers with one bias between them."""
+    def __init__(self, width=10, shared=True):
+        super().__init__()
+        block = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width))
+        self.head, self.tail, self.last = nn.Conv2d(2, width, 1), nn.Conv2d(width, 2, 1), nn.Conv2d(2, 2, 1)
+        self.blocks = nn.ModuleList([block, block if shared else nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width))])
+        if shared:
+            self.last.bias = self.tail.bias
+
+    def forward(self, x):
+        x = self.head(x)
+        for block in self.blocks:
+            x = x + torch.relu(block(x))
+        return self.last(self.tail(x))
+
+
+def test_shared_layers_and_parameters_stay_shared(tmp_path):
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(1, 2, 9, 9)
+    thin = prune(model, 0.40, priors=[(model, x, [model.tail, model.last])])
+    save(thin, tmp_path / "m")
+    back, fresh = load(tmp_path / "m", model=Shared()), randomize(thin, 0, build=Shared).eval()
+    assert torch.equal(back(x), thin(x)) and fresh(x).shape == x.shape and not torch.equal(fresh(x), thin(x))
+    for network in (thin, back, fresh):
+        assert network.blocks[0] is network.blocks[1] and network.blocks[0][0].out_channels == 6
+        assert network.blocks[1][0].weight.shape == (6, 6, 3, 3) and network.blocks[1][1].running_mean.shape == (6,)
+        assert network.last.bias is network.tail.bias
+        assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in thin.parameters())
+
+
+def test_a_shared_layer_does_not_take_two_different_ones(tmp_path):
+    torch.manual_seed(0)
+    save(Shared(shared=False), tmp_path / "m")
+    with pytest.raises(ValueError, match="different values for 'last.bias' and 'tail.bias', which are one parameter of this Shared|different values for 'blocks"):
+        load(tmp_path / "m", model=Shared())
+    save(Shared(), tmp_path / "n")
+    x, apart = torch.randn(1, 2, 9, 9), load(tmp_path / "n", model=Shared(shared=False))  # the other way round nothing is lost
+    assert torch.equal(apart(x), load(tmp_path / "n", model=Shared())(x))
+
+
+def test_layer_norm_and_group_norm(tmp_path):
+    torch.manual_seed(0)
+    for make_network, x, after in ((lambda: nn.Sequential(nn.Linear(3, 10), nn.LayerNorm(10), nn.Linear(10, 2)), torch.randn(4, 3), 6),
+                                   (lambda: nn.Sequential(nn.Conv2d(1, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 1, 1)), torch.randn(2, 1, 6, 6), 8)):
+        model = make_network().eval()
+        thin = prune(model, 1 - after / model[0].weight.shape[0], priors=[(model, x, [model[2]])])
+        save(thin, tmp_path / "m")
+        back = load(tmp_path / "m", model=make_network())
+        assert back[1].weight.shape == (after,) and torch.equal(back(x), thin(x))
+        assert json.loads((tmp_path / "m.json").read_text())["widths"] == layer_widths(back)
+    assert layer_widths(nn.Sequential(nn.LayerNorm((3, 5)))) == {"0": {"normalized_shape": [3, 5]}}
+
+
 def test_another_architecture(tmp_path):
     save(make("VarNet"), tmp_path / "m")
     with pytest.raises(ValueError, match="another architecture"):

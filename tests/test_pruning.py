@@ -212,6 +212,29 @@ def test_ratio_that_would_empty_a_layer(net):
         prune(net, 0.85, priors(net))
 
 
+def test_group_norm_that_does_not_divide():
+    net = nn.Sequential(nn.Conv2d(2, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 2, 1))
+    triple = [(net, torch.zeros(1, 2, 4, 4), [net[2]])]
+    with pytest.raises(ValueError, match="leave 14 of the 16 channels of layer '1', which its 4 groups cannot share evenly"):
+        prune(net, 0.10, triple)
+    assert prune(net, 0.25, triple)[1].num_channels == 12
+
+
+def test_group_norm_behind_a_concatenation():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm, self.tail = nn.Conv2d(2, 6, 1), nn.Conv2d(2, 10, 1), nn.GroupNorm(2, 16), nn.Conv2d(16, 2, 1)
+
+        def forward(self, x):
+            return self.tail(self.norm(torch.cat([self.a(x), self.b(x)], dim=1)))
+    net = Joined()  # 6 and 10 channels: one alone may be odd, if only the sum is even
+    student = prune(net, 0.50, [(net, torch.zeros(1, 2, 4, 4), [net.tail])])
+    assert (student.a.out_channels, student.b.out_channels, student.norm.num_channels) == (3, 5, 8)
+    with pytest.raises(ValueError, match="leave 13 of the 16 channels of layer 'norm'"):
+        prune(net, 0.30, [(net, torch.zeros(1, 2, 4, 4), [net.tail, net.a])])
+
+
 def test_model_without_priors(net):
     with pytest.raises(TypeError, match="has no priors"):
         prune(net, 0.40)

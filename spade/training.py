@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from .files import atomic_write
 from .data import loader
-from .losses import Strategy, default_loss, make_strategy, weights_key
+from .losses import ALLOWED_SETTINGS, Strategy, default_loss, make_strategy, weights_key
 from .models import DivergenceError
 
 # %% ../nbs/22_training.ipynb #c007
@@ -429,9 +429,9 @@ def train(
     return log
 
 # %% ../nbs/22_training.ipynb #c097
-STRATEGY_SETTINGS = ("loss", "remember", "rotations", "rotate_maps", "weight", "detach")
+STRATEGY_SETTINGS = tuple(dict.fromkeys(name for names in ALLOWED_SETTINGS.values() for name in names))
 
-# %% ../nbs/22_training.ipynb #c098
+# %% ../nbs/22_training.ipynb #c099
 def finetune(
     student: nn.Module,  # trained in place
     data: Dataset | Iterable,  # training set with ground truth for "supervised"; the test measurements for the other two

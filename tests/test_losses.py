@@ -8,7 +8,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from spade.losses import (STRATEGIES, data_fidelity, default_loss, draw_rotation, equivariance, l1, make_strategy, rotate, rotate_right, self_supervised_loss,
+from spade.losses import (STRATEGIES, ALLOWED_SETTINGS, data_fidelity, default_loss, draw_rotation, equivariance, l1, make_strategy, rotate, rotate_right, self_supervised_loss,
                           smooth_l1, squared_error, ssim_l1_loss, ssim_loss)
 from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
@@ -345,3 +345,30 @@ def test_both_terms_of_ssim_and_l1_see_a_real_image_as_it_is():
     assert ssim_l1_loss(1j * turned, turned) < 1e-4 # a complex image: magnitudes alone
     expected = ssim_loss(0.9 * turned, turned) + 4.0 * ((0.9 * turned).abs() - turned.abs()).abs().mean()
     assert ssim_l1_loss(0.9 * turned, turned) == expected
+
+
+@pytest.mark.parametrize("strategy, setting", [("self-supervised", "loss"), ("self-supervised", "remember"), ("supervised", "remember"),
+                                               *((name, setting) for name in ("supervised", "school") for setting in ("rotations", "rotate_maps", "weight", "detach", "flips"))])
+def test_a_setting_of_another_strategy_is_refused_by_name(strategy, setting):
+    value = {"loss": "l1", "rotations": "right", "weight": 0.5, "remember": 3}.get(setting, True)
+    with pytest.raises(TypeError, match=f"strategy '{strategy}' has no setting '{setting}'; it has {ALLOWED_SETTINGS[strategy][0]}") as raised:
+        make_strategy(strategy, teacher=small(VarNet), **{setting: value})
+    assert "__init__" not in str(raised.value) and ". " not in str(raised.value)
+
+
+def test_every_strategy_takes_all_of_its_settings():
+    values = {"loss": "l1", "remember": 3, "rotations": "right", "rotate_maps": True, "weight": 0.5, "detach": True, "flips": True}
+    for name, settings in ALLOWED_SETTINGS.items():
+        chosen = {setting: values[setting] for setting in settings}
+        strategy = make_strategy(name, teacher=small(VarNet), **chosen)
+        for setting in settings:
+            value = getattr(strategy, setting, None) if name != "self-supervised" else strategy.choices[setting]
+            assert value is l1 if setting == "loss" else value == chosen[setting]
+    assert make_strategy("supervised").loss is make_strategy("school", teacher=small(VarNet)).loss is smooth_l1
+
+
+def test_a_teacher_is_a_network_and_a_loss_a_function():
+    with pytest.raises(TypeError, match=r"teacher is 'teacher.safetensors', expected the network before pruning; spade.load\(path\)"):
+        make_strategy("school", teacher="teacher.safetensors")
+    with pytest.raises(TypeError, match="loss is 3, expected a function of two images or one of smooth_l1, ssim"):
+        make_strategy("supervised", loss=3)

@@ -451,3 +451,17 @@ def test_bad_strategy():
         finetune(tiny(), batches(), "homework")
     with pytest.raises(ValueError, match="needs teacher="):
         finetune(tiny(), batches(), "school")
+
+
+def test_finetune_hands_every_setting_to_the_strategy_and_refuses_those_of_another(tmp_path):
+    def kept(**settings):
+        folder = tmp_path / "-".join(settings)
+        finetune(tiny(), batches(2), "self-supervised", steps=1, learning_rate=1e-3, folder=folder, progress=False, **settings)
+        with safe_open(str(folder / "training.safetensors"), framework="pt") as file:
+            return json.loads(file.metadata()["training"])["settings"]
+    choices = dict(rotations="right", rotate_maps=True, weight=0.5, detach=True, flips=True)
+    assert {name: kept(**choices)[name] for name in choices} == choices and "flips" not in kept(rotations="right")
+    with pytest.raises(TypeError, match="strategy 'self-supervised' has no setting 'loss'; it has rotations, rotate_maps, weight, detach, flips"):
+        finetune(tiny(), batches(2), "self-supervised", loss="l1", steps=1)
+    with pytest.raises(TypeError, match="strategy 'school' has no setting 'rotations', 'rotate_maps'; it has loss, remember"):
+        finetune(tiny(), batches(2), "school", teacher=tiny(1), rotations="right", rotate_maps=True, steps=1)

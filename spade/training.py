@@ -371,14 +371,16 @@ def new_accelerator(mixed_precision: str) -> Accelerator:
 
 # %% ../nbs/22_training.ipynb #c079
 def count_steps(settings: Settings, per_epoch: int | None) -> int:
-    "Updates of the run."
+    "Updates of the run. Raises `ValueError` where an epoch has no batch, or an unknown number of them."
+    if per_epoch == 0:
+        raise ValueError("data holds no batch, or fewer than there are processes; expected at least one for each process")
     if settings.steps is not None:
         return settings.steps
     if per_epoch is None:
         raise ValueError("epochs needs data whose length is known; give steps instead")
     return math.ceil(settings.epochs * per_epoch / settings.accumulate)
 
-# %% ../nbs/22_training.ipynb #c081
+# %% ../nbs/22_training.ipynb #c083
 #: most updates between two checkpoints, unless the user says otherwise
 LONGEST_INTERVAL = 200
 
@@ -388,7 +390,7 @@ def checkpoint_interval(settings: Settings, per_epoch: int | None) -> int:
     epoch = LONGEST_INTERVAL if per_epoch is None else max(1, per_epoch // settings.accumulate)
     return settings.checkpoint_every or min(epoch, LONGEST_INTERVAL)
 
-# %% ../nbs/22_training.ipynb #c084
+# %% ../nbs/22_training.ipynb #c086
 def train(
     model: nn.Module,  # trained in place, and left in eval mode
     data: Dataset | Iterable,  # a dataset of spade.data, a DataLoader, or any collection of batches
@@ -428,10 +430,10 @@ def train(
     model.eval()
     return log
 
-# %% ../nbs/22_training.ipynb #c097
+# %% ../nbs/22_training.ipynb #c099
 STRATEGY_SETTINGS = tuple(dict.fromkeys(name for names in ALLOWED_SETTINGS.values() for name in names))
 
-# %% ../nbs/22_training.ipynb #c099
+# %% ../nbs/22_training.ipynb #c101
 def finetune(
     student: nn.Module,  # trained in place
     data: Dataset | Iterable,  # training set with ground truth for "supervised"; the test measurements for the other two

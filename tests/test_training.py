@@ -434,9 +434,26 @@ def test_epochs_and_the_log():
 
 def test_exhausted_iterator_is_named():
     with pytest.raises(ValueError, match="data gave no batch in epoch 1"):
-        fit(tiny(), 2, data=[])
+        fit(tiny(), 2, data=iter([]))
     with pytest.raises(ValueError, match="read more than once"):
         fit(tiny(), 4, data=iter(batches(2)))
+
+
+@pytest.mark.parametrize("length", [dict(), dict(epochs=3), dict(steps=2)])
+@pytest.mark.parametrize("strategy", ["supervised", "school", "self-supervised"])
+def test_no_data_is_no_training(strategy, length):
+    "An empty log would look like ten epochs that went well."
+    model, before = tiny(), weights(tiny())
+    with pytest.raises(ValueError, match="data holds no batch"):
+        finetune(model, [], strategy, teacher=tiny(1), progress=False, **length)
+    assert torch.equal(weights(model), before)
+
+
+def test_fewer_batches_than_processes(monkeypatch):
+    from accelerate import Accelerator
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 4))
+    with pytest.raises(ValueError, match="fewer than there are processes"):
+        finetune(tiny(), batches(3), "supervised", progress=False)
 
 
 @pytest.mark.parametrize("settings, said", [(dict(steps=2, epochs=2), "either steps or epochs"), (dict(steps=1, lr=1), "unknown setting 'lr'; choose among"),

@@ -1,5 +1,6 @@
 """The MRI networks: sizes of the paper, one calling convention, what they offer for pruning, foreign and bad input."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,6 +206,8 @@ def test_e2e_ignores_the_maps_it_is_given_and_shows_its_own():
     y, A = problem(2)
     model = small("e2e-varnet")
     assert torch.equal(model(y, A), model(y, A.with_maps(torch.ones_like(A.maps))))
+    with pytest.raises(ValueError, match="shape"):
+        model(y, A.with_maps(A.maps[:, :2]))  # ignored are their values, not how many coils and pixels they have
     estimated = model.operator(y, A)
     assert estimated.mask is A.mask or torch.equal(estimated.mask, A.mask)
     torch.testing.assert_close(estimated.maps.abs().square().sum(dim=1), torch.ones(2, 15, 17))
@@ -252,6 +255,20 @@ def test_another_architecture_is_one_sentence(checkpoint, message):
     with pytest.raises(ValueError, match=message) as caught:
         E2EVarNet.from_fastmri(checkpoint())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong, found", [("brain.pt", "'brain.pt'"), (Path("brain.pt"), "'brain.pt'"), (None, "a NoneType"), (nn.ReLU(), "a ReLU")])
+@pytest.mark.parametrize("network", [VarNet, E2EVarNet])
+def test_what_is_no_dictionary_of_weights_is_named(network, wrong, found):
+    with pytest.raises(TypeError, match=f"^{network.__name__}.from_fastmri expects a dictionary of weights, found {found}; pass torch.load.path..$"):
+        network.from_fastmri(wrong)
+    with pytest.raises(TypeError, match="under 'state_dict', expects a dictionary"):
+        network.from_fastmri({"state_dict": wrong})
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_documentation_of_the_call_says_what_is_refused(name):
+    assert "raises" in type(build(name, **SMALL[name])).forward.__doc__
 
 
 def test_registry_names_its_choices():

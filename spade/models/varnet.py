@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['multiply', 'sens_expand', 'sens_reduce', 'VarNetBlock', 'VarNet', 'symmetric_centre', 'SensitivityModel', 'E2EVarNet',
-           'plain_state_dict', 'unet_sizes', 'fastmri_sizes', 'filled', 'load_fastmri']
+           'check_weights', 'plain_state_dict', 'unet_sizes', 'fastmri_sizes', 'filled', 'load_fastmri']
 
 # %% ../../nbs/models/13_varnet.ipynb #c003
+import os
 import re
 from collections.abc import Iterator, Mapping
 
@@ -89,9 +90,10 @@ class VarNet(nn.Module):
         return self.refine(y, self.operator(y, A))
 
     def forward(self,
-        y: Tensor, # complex, (B, coils, H, W), zero where not measured
-        A: MultiCoilMRI # its operator
-        ) -> Tensor: # complex, (B, 1, H, W)
+        y: Tensor, # complex64 or complex128 like the weights, (B, coils, H, W), zero where not measured
+        A: MultiCoilMRI # its operator, whose coils and size fit `y`
+        ) -> Tensor: # complex, (B, 1, H, W), dtype of `y`
+        "The reconstruction: the refined k-space of all coils, as one image; raises `ValueError` if `y` does not fit `A`."
         operator = self.operator(y, A)
         return operator.reduce(ifft2c(self.refine(y, operator)))
 
@@ -101,7 +103,7 @@ class VarNet(nn.Module):
 
     @classmethod
     def from_fastmri(cls, state_dict: Mapping) -> "VarNet":
-        "The network that a fastMRI VarNet checkpoint describes, sizes inferred; for a plain `VarNet` its map estimator is left out."
+        "The network that a fastMRI VarNet checkpoint describes, sizes inferred; for a plain `VarNet` its map estimator is left out; raises `TypeError` for a path, `ValueError` for other weights."
         return load_fastmri(cls, state_dict)
 
 # %% ../../nbs/models/13_varnet.ipynb #c025
@@ -140,7 +142,7 @@ class SensitivityModel(nn.Module):
 
 # %% ../../nbs/models/13_varnet.ipynb #c035
 class E2EVarNet(VarNet):
-    "End-to-end variational network: `VarNet` with estimated coil maps; 20,119,610 parameters, the maps of `A` are ignored."
+    "End-to-end variational network: `VarNet` with estimated coil maps; 20,119,610 parameters. The values of `A.maps` are ignored; their number of coils and their size must fit `y`."
     def __init__(self,
         num_cascades: int = 8, # unfolded iterations
         channels: int = 18, # width of each cascade's U-Net at full resolution
@@ -157,6 +159,15 @@ class E2EVarNet(VarNet):
         return A.with_maps(self.sens_net(y, A.mask))
 
 # %% ../../nbs/models/13_varnet.ipynb #c043
+def check_weights(weights: object, # what the caller gave
+    caller: str # who asks, for the message
+    ) -> None:
+    "Raise `TypeError` for anything but a dictionary, e.g. the name of the file instead of what is in it."
+    if not isinstance(weights, Mapping):
+        found = repr(str(weights)) if isinstance(weights, (str, os.PathLike)) else f"a {type(weights).__name__}"
+        raise TypeError(f"{caller} expects a dictionary of weights, found {found}; pass torch.load(path).")
+
+# %% ../../nbs/models/13_varnet.ipynb #c044
 def plain_state_dict(checkpoint: Mapping # as `torch.load` returns it
     ) -> dict[str, Tensor]: # names as in `E2EVarNet().state_dict()`
     "The weights of the network alone, from a plain state dict or from a Lightning checkpoint."
@@ -166,7 +177,7 @@ def plain_state_dict(checkpoint: Mapping # as `torch.load` returns it
         weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return dict(weights)
 
-# %% ../../nbs/models/13_varnet.ipynb #c045
+# %% ../../nbs/models/13_varnet.ipynb #c046
 def unet_sizes(weights: Mapping[str, Tensor], # plain names
     unet: str # e.g. "cascades.0.model.unet."
     ) -> tuple[int, int]: # channels, num_pools
@@ -174,7 +185,7 @@ def unet_sizes(weights: Mapping[str, Tensor], # plain names
     first = weights[f"{unet}down_sample_layers.0.layers.0.weight"]
     return first.shape[0], sum(name.startswith(f"{unet}down_sample_layers.") and name.endswith(".layers.0.weight") for name in weights)
 
-# %% ../../nbs/models/13_varnet.ipynb #c046
+# %% ../../nbs/models/13_varnet.ipynb #c047
 def fastmri_sizes(weights: Mapping[str, Tensor] # plain names
     ) -> dict[str, int]: # constructor arguments of `E2EVarNet`
     "Sizes of the network that these weights belong to; raises `KeyError` if they do not look like fastMRI's VarNet."
@@ -185,7 +196,7 @@ def fastmri_sizes(weights: Mapping[str, Tensor] # plain names
         sizes["sens_channels"], sizes["sens_num_pools"] = unet_sizes(weights, "sens_net.norm_unet.unet.")
     return sizes
 
-# %% ../../nbs/models/13_varnet.ipynb #c047
+# %% ../../nbs/models/13_varnet.ipynb #c048
 def filled(
     model: nn.Module, # changed in place
     weights: Mapping[str, Tensor],
@@ -198,11 +209,13 @@ def filled(
         raise ValueError(f"{expected}, but found {len(weights)} tensors that do not fit: {first}") from None
     return model
 
-# %% ../../nbs/models/13_varnet.ipynb #c049
+# %% ../../nbs/models/13_varnet.ipynb #c050
 def load_fastmri(cls: type, # `VarNet` or `E2EVarNet`
     checkpoint: Mapping # as `torch.load` returns it
     ) -> nn.Module: # on the CPU
-    "Build the network a fastMRI checkpoint describes and load it; raises `ValueError` for a checkpoint of another architecture."
+    "Build the network a fastMRI checkpoint describes and load it; raises `ValueError` for a checkpoint of another architecture, `TypeError` for what is no dictionary."
+    check_weights(checkpoint, f"{cls.__name__}.from_fastmri")
+    check_weights(checkpoint.get("state_dict", {}), f"{cls.__name__}.from_fastmri, under 'state_dict',")
     weights = plain_state_dict(checkpoint)
     expected = f"{cls.__name__}.from_fastmri expects the weights of fastMRI's VarNet ('cascades.0.model.unet.down_sample_layers.0.layers.0.weight', ...)"
     try: sizes = fastmri_sizes(weights)

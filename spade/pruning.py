@@ -6,7 +6,7 @@
 __all__ = ['CONVOLUTIONS', 'PRUNABLE', 'FOLLOWING', 'Prior', 'Member', 'evaluating', 'ready_to_trace', 'dependency_graph',
            'members_of', 'filter_l1', 'group_l1', 'width_after', 'LayerGroup', 'PruningReport', 'count_parameters',
            'layer_macs', 'count_macs', 'check_group_norms', 'plan', 'prune_prior', 'find_priors', 'prune',
-           'fan_in_ratio', 'randomize']
+           'fan_in_ratio', 'cut_to_widths', 'randomize']
 
 # %% ../nbs/20_pruning.ipynb #c003
 import copy
@@ -304,23 +304,32 @@ def fan_in_ratio(layer: nn.Module, before: Tensor) -> float:
     return math.sqrt(fan(before)[0] / fan(layer.weight)[0])
 
 # %% ../nbs/20_pruning.ipynb #c099
+@torch.no_grad()
+def cut_to_widths(narrow: nn.Module, wide: nn.Module) -> None:
+    "Give `narrow` the leading channels of `wide`, an unpruned network of the same class, scaled to the smaller fan-in."
+    drawn, layers = wide.state_dict(), dict(narrow.named_modules(remove_duplicate=False))  # a layer in two places has two names
+    for name, value in narrow.state_dict().items():
+        owner, _, _ = name.rpartition(".")
+        scale = fan_in_ratio(layers[owner], drawn[f"{owner}.weight"]) if value.is_floating_point() and f"{owner}.weight" in drawn else 1
+        value.copy_(drawn[name][tuple(slice(n) for n in value.shape)] * scale)
+
+# %% ../nbs/20_pruning.ipynb #c101
 def randomize(
     student: nn.Module,  # stays as it is
     seed: int,
     build: Callable[[], nn.Module] | None = None,  # makes a fresh unpruned network; default `type(student)(**student.config())`
 ) -> nn.Module:  # the widths of `student`, the weights of a network that was never trained
-    "Table 3's baseline: draw the unpruned network as its class draws it, and cut it to the widths of `student`."
+    "Table 3's baseline: draw the unpruned network as its class draws it, and cut it to the widths of `student`; raises TypeError where there is no class to ask."
     if build is None and not callable(getattr(student, "config", None)):
         raise TypeError(f"{type(student).__name__} has no config() to build a fresh one from; "
                         "pass build=, a function that makes an unpruned network")
+    start = copy.deepcopy(student).cpu()  # the seed decides alone: a GPU's generator draws other numbers
     with torch.random.fork_rng(devices=[]):  # the caller's generator is not disturbed
         torch.manual_seed(seed)
         reference = build() if build is not None else type(student)(**student.config())
-    drawn, fresh = dict(reference.state_dict()), copy.deepcopy(student)
-    layers = dict(fresh.named_modules(remove_duplicate=False))  # a layer in two places has two names in the state dict
-    with torch.no_grad():
-        for name, value in fresh.state_dict().items():
-            owner, _, _ = name.rpartition(".")
-            scale = fan_in_ratio(layers[owner], drawn[f"{owner}.weight"]) if value.is_floating_point() and f"{owner}.weight" in drawn else 1
-            value.copy_(drawn[name][tuple(slice(n) for n in value.shape)] * scale)
+        cut_to_widths(start, reference)
+        if callable(getattr(start, "restart", None)):
+            start.restart()
+    fresh = copy.deepcopy(student)
+    fresh.load_state_dict(start.state_dict())
     return fresh

@@ -302,3 +302,16 @@ def test_settings_changed_later_are_in_the_description():
 def test_unknown_choices_are_named(settings):
     with pytest.raises(ValueError, match="expected one of"):
         DEQ(features=2, num_blocks=1, **settings)
+
+
+@pytest.mark.parametrize("gain", [.8, .5])
+def test_restart_is_the_start_of_the_class(gain):
+    torch.manual_seed(0)
+    model, noise = DEQ(num_blocks=1, gain=gain), torch.randn(1, 2, 16, 16)
+    others = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith(("denoiser.tail", "denoiser.body.1"))}
+    with torch.no_grad():
+        for layer in (model.denoiser.tail, model.denoiser.body[-1]):
+            layer.weight.fill_(1), layer.bias.fill_(1)
+        model.restart()
+        assert (model.denoiser(noise) - gain * noise).norm() < .15 * noise.norm()
+    assert len(others) == 8 and all(torch.equal(model.state_dict()[name], value) for name, value in others.items())

@@ -126,6 +126,12 @@ def test_sizes_of_the_full_network_are_inferred(full):
     assert USRNet.from_published(full.state_dict()).config() == full.config()
 
 
+@pytest.mark.parametrize("wrong, found", [("usrnet.pth", "'usrnet.pth'"), (Path("usrnet.pth"), "'usrnet.pth'"), (None, "a NoneType"), (nn.ReLU(), "a ReLU")])
+def test_what_is_no_dictionary_of_weights_is_named(wrong, found):
+    with pytest.raises(TypeError, match=f"^USRNet.from_published expects a dictionary of weights, found {found}; pass torch.load.path..$"):
+        USRNet.from_published(wrong)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda weights: {}, "0 names found"),
     (lambda weights: {"conv.weight": torch.ones(1)}, "'conv.weight'"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .deq import Trace, relative_step
-from .varnet import filled
+from .varnet import check_weights, filled
 
 # %% ../../nbs/models/14_usrnet.ipynb #c007
 class ResBlock(nn.Module):
@@ -147,6 +147,11 @@ class USRNet(nn.Module):
         "The constructor arguments this network was built with, fit for JSON."
         return dict(self.settings, widths=list(self.settings["widths"]))
 
+    def restart(self) -> None:
+        "Start near the identity again, at the widths that are there now; draws the layers that this concerns from PyTorch's generator."
+        for layer in (self.p.m_head, self.p.m_tail, self.p.m_up1[0], self.h.mlp[4]): layer.reset_parameters()
+        start_near_identity(self.p, self.h)
+
     def operator(self, y: Tensor, A: nn.Module) -> nn.Module:
         "The operator that the answer belongs to: `A` itself."
         return A
@@ -173,10 +178,11 @@ class USRNet(nn.Module):
             yield x
 
     def forward(self,
-        y: Tensor, # real, (B, 3, h, w), in [0, 1]
+        y: Tensor, # float32 or float64 like the weights, (B, 3, h, w), in [0, 1]
         A: nn.Module, # its operator, `BlurDownsample`
         sigma: float | Tensor | None = None # noise level, one or (B,), for images in [0, 1]; None: `A.noise`
-        ) -> Tensor: # real, (B, 3, h * scale, w * scale)
+        ) -> Tensor: # real, (B, 3, h * scale, w * scale), dtype of `y`
+        "The reconstruction: the image after the last iteration; raises `TypeError` for an operator without `proximal`, `ValueError` for a `y` or `sigma` that does not fit."
         for x in self.iterate(y, A, sigma): pass
         return x
 
@@ -206,10 +212,10 @@ class USRNet(nn.Module):
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor]) -> "USRNet":
-        "The network that a checkpoint of USRNet's authors describes (usrnet, usrgan, tiny variants), sizes inferred."
+        "The network that a checkpoint of USRNet's authors describes (usrnet, usrgan, tiny variants), sizes inferred; raises `TypeError` for a path, `ValueError` for other weights."
         return load_published(cls, state_dict)
 
-# %% ../../nbs/models/14_usrnet.ipynb #c048
+# %% ../../nbs/models/14_usrnet.ipynb #c050
 def published_sizes(weights: Mapping[str, Tensor] # names as in `USRNet().state_dict()`
     ) -> dict: # constructor arguments of `USRNet`
     "Sizes of the network that these weights belong to; raises `KeyError` if they do not look like USRNet's."
@@ -219,11 +225,12 @@ def published_sizes(weights: Mapping[str, Tensor] # names as in `USRNet().state_
                 blocks=sum(bool(re.fullmatch(r"p\.m_body\.\d+\.res\.0\.weight", name)) for name in weights),
                 hypanet_channels=width_of("h.mlp.0"), channels=width_of("p.m_tail"))
 
-# %% ../../nbs/models/14_usrnet.ipynb #c049
+# %% ../../nbs/models/14_usrnet.ipynb #c051
 def load_published(cls: type, # `USRNet`
     weights: Mapping[str, Tensor] # as `torch.load` returns it
     ) -> nn.Module: # on the CPU
     "Build the network that published weights describe and load them; raises `ValueError` for weights of another architecture."
+    check_weights(weights, "USRNet.from_published")
     expected = "USRNet.from_published expects the weights of USRNet ('p.m_head.weight', ..., 'h.mlp.4.bias')"
     try: sizes = published_sizes(weights)
     except KeyError as missing:

@@ -330,7 +330,7 @@ def test_measurements_without_ground_truth_are_enough_for_school_and_self_superv
 
 
 def test_foreign_datasets_come_as_data_loaders():
-    with pytest.raises(TypeError, match="pass a DataLoader"):
+    with pytest.raises(TypeError, match=r"Slices has no bucket\(\) and collate\(\).*pass a DataLoader"):
         fit(tiny(), 1, data=Slices())
 
 
@@ -457,7 +457,12 @@ def test_fewer_batches_than_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("settings, said", [(dict(steps=2, epochs=2), "either steps or epochs"), (dict(steps=1, lr=1), "unknown setting 'lr'; choose among"),
-                                            (dict(steps=1, schedule="linear"), "choose one of constant, cosine"), (dict(steps=1, learning_rate=0), "positive number")])
+                                            (dict(steps=1, schedule="linear"), "choose one of constant, cosine"), (dict(steps=1, learning_rate=0), "learning_rate is 0, expected a number above 0"),
+                                            (dict(steps=1, learning_rate="1e-4"), "learning_rate is '1e-4', expected a number above 0"),
+                                            (dict(steps=1.5), "steps is 1.5, expected a whole number of at least 1"), (dict(steps=True), "steps is True"),
+                                            (dict(epochs="3"), "epochs is '3', expected a whole number"), (dict(steps=1, clip=-1.0), "clip is -1.0, expected a number above 0"),
+                                            (dict(steps=1, clip=math.nan), "clip is nan"), (dict(steps=1, warmup=-1), "warmup is -1, expected a whole number of at least 0"),
+                                            (dict(steps=1, batch_size=0), "batch_size is 0"), (dict(steps=1, num_workers=-2), "num_workers is -2")])
 def test_bad_settings(settings, said):
     with pytest.raises((ValueError, TypeError), match=said):
         train(tiny(), batches(), make_strategy("supervised"), **settings)
@@ -482,3 +487,64 @@ def test_finetune_hands_every_setting_to_the_strategy_and_refuses_those_of_anoth
         finetune(tiny(), batches(2), "self-supervised", loss="l1", steps=1)
     with pytest.raises(TypeError, match="strategy 'school' has no setting 'rotations', 'rotate_maps'; it has loss, remember"):
         finetune(tiny(), batches(2), "school", teacher=tiny(1), rotations="right", rotate_maps=True, steps=1)
+
+
+class Own(Slices):
+    """A dataset with what spade.data.loader asks for, and no more."""
+    def bucket(self, i):
+        return (16,)
+
+    def collate(self, items):
+        return collate(items)
+
+
+def test_a_dataset_that_the_loader_accepts_can_be_trained_on():
+    from spade.data import loader
+    assert len(list(loader(Own(), batch_size=2))) == 3
+    assert len(fit(tiny(), 3, data=Own(), batch_size=2).losses) == 3
+    assert torch.equal(fitted(6, data=Own()), fitted(6, data=Own()))
+
+
+def test_four_plain_values_are_a_batch():
+    plain = [tuple(b) for b in batches()]
+    assert torch.equal(fitted(3, data=plain), fitted(3)) and torch.equal(fitted(3, data=plain, strategy="school"), fitted(3, strategy="school"))
+
+
+@pytest.mark.parametrize("data, said", [
+    (lambda: [tuple(batches(1)[0])[:3]], "data gives 3 values in place of a batch, expected spade.data.Batch"), (lambda: [batches(1)[0].y], "data gives a Tensor in place"),
+    (lambda: [batches(1)[0]._asdict()], "data gives a dict in place of a batch"), (lambda: tuple(batches(1)[0]), "data gives a Tensor in place"),
+    (lambda: batches(1)[0], r"data is a single Batch, expected a collection of them, such as the list \[batch\]"), (lambda: None, "data is None, expected a dataset of spade.data"),
+    (lambda: 3, "data is 3, expected a dataset")])
+@pytest.mark.parametrize("strategy", ["supervised", "self-supervised"])
+def test_what_is_no_batch_is_named(data, said, strategy):
+    with pytest.raises(TypeError, match=said):
+        finetune(tiny(), data(), strategy, steps=1, progress=False)
+
+
+def test_paths_in_place_of_networks():
+    with pytest.raises(TypeError, match="teacher is 'teacher.safetensors', expected the network before pruning"):
+        finetune(tiny(), batches(), "school", teacher="teacher.safetensors", steps=1)
+    with pytest.raises(TypeError, match="the model is 'student.safetensors', expected a network"):
+        finetune("student.safetensors", batches(), "supervised", steps=1)
+
+
+@pytest.mark.parametrize("strategy, field, said", [("supervised", "y", "measurement y"), ("self-supervised", "y", "measurement y"), ("school", "y", "measurement y"),
+                                                   ("supervised", "x", "reference x")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_data_that_are_not_finite_are_blamed_and_not_the_learning_rate(strategy, field, said, value):
+    bad = batches()
+    bad[1] = bad[1]._replace(**{field: bad[1]._asdict()[field].clone()})
+    bad[1]._asdict()[field][0, 0, 3, 3] = value
+    model = tiny()
+    with pytest.raises(ValueError, match=rf"the {said} is not finite \(NaN or infinity\) in a batch of step 2, info .*'number': \[1\]") as raised:
+        fit(model, 3, data=bad, strategy=strategy)
+    assert "learning_rate" not in str(raised.value) and torch.equal(weights(model), weights(tiny())) # those of the last finite loss
+
+
+def test_a_batch_stays_where_it_is_when_it_is_moved():
+    from spade.training import move
+    batch = batches(1)[0]
+    moved = move(batch, torch.device("meta"))
+    assert moved.y.is_meta and moved.A.maps.is_meta and moved.A is not batch.A and moved.info == batch.info
+    assert not batch.y.is_meta and not batch.A.maps.is_meta and not batch.A.mask.is_meta and torch.equal(batch.A(batch.x), batch.y)
+    assert move(batch, torch.device("cpu")).A is batch.A

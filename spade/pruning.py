@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'PRUNABLE', 'FOLLOWING', 'Prior', 'Member', 'evaluating', 'ready_to_trace', 'dependency_graph',
            'members_of', 'filter_l1', 'group_l1', 'width_after', 'LayerGroup', 'PruningReport', 'count_parameters',
-           'layer_macs', 'count_macs', 'check_group_norms', 'plan', 'prune_prior', 'find_priors', 'prune',
+           'layer_macs', 'count_macs', 'check_group_norms', 'plan', 'prune_prior', 'as_triple', 'find_priors', 'prune',
            'fan_in_ratio', 'cut_to_widths', 'randomize']
 
 # %% ../nbs/20_pruning.ipynb #c003
@@ -256,30 +256,54 @@ def prune_prior(module: nn.Module, example: tuple[Tensor, ...], keep: Sequence[n
 Prior = tuple[nn.Module, Tensor | tuple[Tensor, ...], Sequence[nn.Module]]  # a CNN, an example input, the layers whose width stays
 
 # %% ../nbs/20_pruning.ipynb #c075
+def as_triple(prior: object) -> Prior:
+    "One entry of a list of priors, its example as a tuple and its layers to keep as a list; raises TypeError where it is none."
+    if not isinstance(prior, (tuple, list)) or len(prior) != 3 or not isinstance(prior[0], nn.Module):
+        found = f"a {type(prior).__name__}" + (f" of {len(prior)}" if isinstance(prior, (tuple, list)) else "")
+        raise TypeError(f"an entry of priors must be a triple (cnn, example_input, layers_to_keep), found {found}")
+    (module, example, keep), shown = prior, lambda value: " ".join(repr(value).split())[:80]  # one line of whatever it is
+    tensors = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    if not tensors or not all(isinstance(e, Tensor) for e in tensors):
+        raise TypeError(f"the example input of a {type(module).__name__} in priors must be a tensor or a tuple of tensors, found {shown(example)}; "
+                        "of a shape make torch.zeros(shape)")
+    layers = [keep] if isinstance(keep, nn.Module) else keep
+    if not isinstance(layers, (tuple, list)) or not all(isinstance(layer, nn.Module) for layer in layers):
+        raise TypeError(f"the layers to keep of a {type(module).__name__} in priors must be a list of modules, found {shown(keep)}")
+    return module, tensors, list(layers)
+
+# %% ../nbs/20_pruning.ipynb #c079
 def find_priors(teacher: nn.Module, priors: Iterable[Prior] | None) -> list[tuple[str, nn.Module, tuple[Tensor, ...], list[nn.Module]]]:
-    "The CNNs to prune, each once, with its name in `teacher`; raises where there is none."
+    "The CNNs to prune, each once, with its name in `teacher`; raises where there is none, or what is given is no list of triples."
     if priors is None and not callable(getattr(teacher, "priors", None)):
         raise TypeError(f"{type(teacher).__name__} has no priors() that names its CNNs; "
                         "pass priors=[(cnn, example_input, layers_to_keep)]")
+    if isinstance(priors, (nn.Module, Tensor)) or not isinstance(priors, Iterable | None):
+        raise TypeError(f"priors must be a list of triples (cnn, example_input, layers_to_keep), found a {type(priors).__name__}")
     names, found = {m: name for name, m in teacher.named_modules()}, {}
-    for module, example, keep in (teacher.priors() if priors is None else priors):
+    for module, example, keep in map(as_triple, teacher.priors() if priors is None else priors):
         for m in (module, *keep):
             if m not in names:
                 raise ValueError(f"a {type(m).__name__} named in priors is no part of {type(teacher).__name__}")
-        example = example if isinstance(example, tuple) else (example,)
-        device = next(module.parameters()).device
-        found[module] = (names[module], module, tuple(e.to(device) for e in example), list(keep))
+        weight = next(module.parameters(), None)
+        if weight is None:
+            raise ValueError(f"a {type(module).__name__} named in priors has no weights, expected a CNN")
+        found[module] = (names[module], module, tuple(e.to(weight.device) for e in example), [layer for m in keep for layer in m.modules()])
     if not found:
         raise ValueError(f"{type(teacher).__name__} names no CNN to prune: its list of priors is empty")
     return list(found.values())
 
-# %% ../nbs/20_pruning.ipynb #c077
+# %% ../nbs/20_pruning.ipynb #c081
 def prune(
     teacher: nn.Module,  # stays as it is, bit for bit
     ratio: float,  # pre-defined ratio in (0, 1); the paper's are 0.05, 0.10, 0.20, 0.40
     priors: Iterable[Prior] | None = None,  # for a foreign model: its CNNs; default `teacher.priors()`
 ) -> nn.Module:  # a pruned deep copy; its `pruning_report` says what went
-    "SPADE's pruning (section 3): one shot, uniform over the layer groups, ranked inside each by eq. 6."
+    """SPADE's pruning (section 3): one shot, uniform over the layer groups, ranked inside each by eq. 6.
+
+    Raises `ValueError` for a ratio outside (0, 1) or one that would empty a layer or leave a GroupNorm uneven, for a CNN or layer that is no part of
+    `teacher`, for a list without CNNs, and for a CNN that cannot be cut: a layer hidden from the trace or grouped but not depthwise, or an output that
+    would change its shape because its last layer is not kept. Raises `TypeError` for a teacher without `priors()` where none are passed, and for
+    priors that are no triples of a module, tensors and modules."""
     if not isinstance(ratio, Real) or not 0 < ratio < 1:
         raise ValueError(f"ratio is {ratio!r}, expected a number between 0 and 1, both excluded (the paper's are 0.05, 0.10, 0.20, 0.40)")
     found = find_priors(teacher, priors)
@@ -295,7 +319,7 @@ def prune(
     student.pruning_report = report
     return student
 
-# %% ../nbs/20_pruning.ipynb #c097
+# %% ../nbs/20_pruning.ipynb #c101
 def fan_in_ratio(layer: nn.Module, before: Tensor) -> float:
     "sqrt(fan-in before / fan-in after) of a layer whose weight had the shape of `before`; 1 for anything but a convolution or a linear layer."
     if not isinstance(layer, PRUNABLE):
@@ -303,7 +327,7 @@ def fan_in_ratio(layer: nn.Module, before: Tensor) -> float:
     fan = nn.init._calculate_fan_in_and_fan_out
     return math.sqrt(fan(before)[0] / fan(layer.weight)[0])
 
-# %% ../nbs/20_pruning.ipynb #c099
+# %% ../nbs/20_pruning.ipynb #c103
 @torch.no_grad()
 def cut_to_widths(narrow: nn.Module, wide: nn.Module) -> None:
     "Give `narrow` the leading channels of `wide`, an unpruned network of the same class, scaled to the smaller fan-in."
@@ -313,7 +337,7 @@ def cut_to_widths(narrow: nn.Module, wide: nn.Module) -> None:
         scale = fan_in_ratio(layers[owner], drawn[f"{owner}.weight"]) if value.is_floating_point() and f"{owner}.weight" in drawn else 1
         value.copy_(drawn[name][tuple(slice(n) for n in value.shape)] * scale)
 
-# %% ../nbs/20_pruning.ipynb #c101
+# %% ../nbs/20_pruning.ipynb #c105
 def randomize(
     student: nn.Module,  # stays as it is
     seed: int,

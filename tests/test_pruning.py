@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spade.checkpoint import load, save
 from spade.models import DEQ, E2EVarNet, USRNet, VarNet
 from spade.operators import MultiCoilMRI
 from spade.pruning import count_macs, count_parameters, prune, randomize, width_after
@@ -244,6 +245,50 @@ def test_model_without_priors(net):
         prune(net, 0.40, priors(Skips()))
 
 
+@pytest.mark.parametrize("make_priors, error, message", [
+    (lambda net, x: net, TypeError, "priors must be a list of triples .cnn, example_input, layers_to_keep., found a Skips"),
+    (lambda net, x: 3, TypeError, "priors must be a list of triples .*, found a int"),
+    (lambda net, x: (net, x, net.tail), TypeError, "an entry of priors must be a triple .*, found a Skips"),
+    (lambda net, x: [(net, x)], TypeError, "must be a triple .*, found a tuple of 2"),
+    (lambda net, x: [(x, net, [net.tail])], TypeError, "must be a triple .*, found a tuple of 3"),
+    (lambda net, x: [(net, (1, 2, 8, 8), [net.tail])], TypeError, r"example input of a Skips .* found \(1, 2, 8, 8\); of a shape make torch.zeros"),
+    (lambda net, x: [(net, None, [net.tail])], TypeError, "example input of a Skips .* found None"),
+    (lambda net, x: [(net, (), [net.tail])], TypeError, "example input of a Skips"),
+    (lambda net, x: [(net, x, ["tail"])], TypeError, "layers to keep of a Skips .* must be a list of modules, found .'tail'."),
+    (lambda net, x: [(net, x, x)], TypeError, "layers to keep of a Skips .* must be a list of modules, found tensor"),
+])
+def test_mistyped_priors_are_one_sentence(net, make_priors, error, message):
+    with pytest.raises(error, match=message) as raised:
+        prune(net, 0.40, make_priors(net, torch.randn(1, 2, 8, 8)))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_a_single_layer_to_keep_needs_no_list(net):
+    x = torch.randn(1, 2, 8, 8)
+    plain, listed = prune(net, 0.40, [(net, x, net.tail)]), prune(net, 0.40, [[net, [x], [net.tail]]])
+    assert plain.pruning_report.groups == listed.pruning_report.groups == prune(net, 0.40, priors(net)).pruning_report.groups
+
+
+def test_a_container_to_keep_means_all_layers_in_it():
+    chain = nn.Sequential(nn.Conv2d(2, 10, 1), nn.Sequential(nn.Conv2d(10, 9, 1), nn.ReLU(), nn.Conv2d(9, 8, 1), nn.Conv2d(8, 2, 1)))
+    student = prune(chain, 0.50, [(chain, torch.zeros(1, 2, 4, 4), chain[1])])
+    assert [m.out_channels for m in student.modules() if isinstance(m, nn.Conv2d)] == [5, 9, 8, 2]
+
+
+def test_a_module_without_weights_is_no_cnn():
+    net = nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 1))
+    with pytest.raises(ValueError, match="a ReLU named in priors has no weights"):
+        prune(net, 0.40, [(net[0], torch.zeros(1, 2, 4, 4), [])])
+
+
+def test_a_kept_layer_keeps_all_that_are_added_to_it(net):
+    "`outer` is added to `head`, and what reads or follows the sum is tied to it: only the two other groups are cut."
+    student = prune(net, 0.40, [(net, torch.randn(1, 2, 8, 8), [net.tail, net.outer])])
+    assert student.head.out_channels == student.outer.out_channels == student.depthwise.out_channels == student.inner.in_channels == student.up.in_channels == 10
+    assert torch.equal(student.head.weight, net.head.weight) and torch.equal(student.depthwise.weight, net.depthwise.weight)
+    assert student.inner.out_channels == 4 and student.up.out_channels == 3 and sorted(g.before for g in student.pruning_report.groups) == [6, 8]
+
+
 def test_forgotten_output_layer(net):
     with pytest.raises(ValueError, match="layers to keep"):
         prune(net, 0.40, [(net, torch.randn(1, 2, 8, 8), [])])
@@ -328,7 +373,7 @@ def test_random_start_of_a_foreign_model(net):
 
 
 @pytest.mark.parametrize("network", [DEQ, VarNet, E2EVarNet])
-def test_pruned_networks_reconstruct(network):
+def test_pruned_networks_reconstruct(tmp_path, network):
     arguments = dict(features=10, num_blocks=1, max_iterations=3) if network is DEQ else dict(num_cascades=2, channels=5, num_pools=2)
     student = prune(network(**arguments), 0.40).eval()
     generator = torch.Generator().manual_seed(0)
@@ -336,4 +381,6 @@ def test_pruned_networks_reconstruct(network):
     A = MultiCoilMRI(torch.arange(32) % 2 < 1, maps / maps.abs().square().sum(1, keepdim=True).sqrt())
     y = A(torch.randn(1, 1, 32, 32, dtype=torch.complex64, generator=generator))
     with torch.no_grad():
-        assert student(y, A).shape == (1, 1, 32, 32)
+        x_hat = student(y, A)
+        assert x_hat.shape == (1, 1, 32, 32) and x_hat.dtype == torch.complex64 and x_hat.isfinite().all() and x_hat.abs().max() > 0
+        assert torch.equal(load(save(student, tmp_path / "student"))(y, A), x_hat)

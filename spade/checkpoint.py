@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .files import atomic_write, write_json
+from .files import atomic_write, plain, write_json
 from .models import NETWORKS
 
 # %% ../nbs/23_checkpoint.ipynb #c007
@@ -36,8 +36,9 @@ def layer_widths(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
 FORMAT = "spade-1"
 
 # %% ../nbs/23_checkpoint.ipynb #c013
-def describe(model: nn.Module, **provenance: Any) -> dict[str, Any]:
-    "What is needed to build `model` again, without its weights, as JSON."
+def describe(model: nn.Module, /, **provenance: Any) -> dict[str, Any]:
+    "What is needed to build `model` again, without its weights, as JSON; raises `TypeError` for a provenance that JSON cannot hold."
+    provenance = json.loads(json.dumps(provenance, default=plain))
     config = model.config() if callable(getattr(model, "config", None)) else None
     return dict(format=FORMAT, model=type(model).__name__, config=config, widths=layer_widths(model),
                 parameters=sum(p.numel() for p in model.parameters()), provenance=provenance)
@@ -49,8 +50,17 @@ def paths(path: str | Path) -> tuple[Path, Path]:
     return Path(stem + ".safetensors"), Path(stem + ".json")
 
 # %% ../nbs/23_checkpoint.ipynb #c021
-def save(model: nn.Module, path: str | Path, **provenance: Any) -> Path:
-    "Write `model` to `path.safetensors`, whole or not at all, and its description beside it for people; `provenance` is any JSON."
+def save(
+    model: nn.Module,  # pruned or not; stays as it is
+    path: str | Path,  # with or without `.safetensors`; folders are made as needed
+    /,
+    **provenance: Any,  # for people: JSON, paths, arrays, tensors; any name, also `model` or `path`
+) -> Path:  # the file written, `path.safetensors`
+    """Write `model` to `path.safetensors`, whole or not at all, and its description to `path.json` for people.
+
+    Raises `TypeError` for weights without their network and for a provenance that JSON cannot hold, `OSError` where the disk refuses; an old file survives."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save needs the network itself, an nn.Module, found a {type(model).__name__}; weights alone do not say what network they are of")
     weights_path, description_path = paths(path)
     description = describe(model, **provenance)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
@@ -61,7 +71,7 @@ def save(model: nn.Module, path: str | Path, **provenance: Any) -> Path:
 
 # %% ../nbs/23_checkpoint.ipynb #c028
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    "Weights and description of a checkpoint."
+    "Weights and description of a checkpoint; raises `FileNotFoundError`, or `ValueError` for a file that is damaged, foreign, or of another format."
     weights_path, _ = paths(path)
     if not weights_path.is_file():
         raise FileNotFoundError(f"no checkpoint at {weights_path}")
@@ -73,7 +83,10 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"{weights_path} is truncated or no safetensors file ({error})") from None
     if "spade" not in metadata:
         raise ValueError(f"{weights_path} has no description of a network in its header; expected a file written by spade.save")
-    return tensors, json.loads(metadata["spade"])
+    description = json.loads(metadata["spade"])
+    if description.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{weights_path} has format {description['format']!r}, expected {FORMAT!r}; it was written by another version of spade")
+    return tensors, description
 
 # %% ../nbs/23_checkpoint.ipynb #c030
 def build(description: dict[str, Any], path: Path) -> nn.Module:
@@ -127,7 +140,10 @@ def load(
     path: str | Path,  # with or without `.safetensors`
     model: nn.Module | None = None,  # for a foreign network: an instance, pruned or not, which stays as it is
 ) -> nn.Module:  # on the CPU, in eval mode
-    "Rebuild the network of a checkpoint, pruned widths included."
+    """Rebuild the network of a checkpoint, pruned widths included.
+
+    Raises `FileNotFoundError` where there is none, and `ValueError` for a file that is truncated, is no checkpoint or has another format, for a network
+    that is in no registry without `model`, and for a `model` of another class or architecture."""
     tensors, description = read(path)
     weights_path, _ = paths(path)
     if model is not None and type(model).__name__ != description["model"]:

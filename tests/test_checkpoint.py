@@ -166,6 +166,33 @@ def test_another_architecture(tmp_path):
         load(tmp_path / "m", model=VarNet(num_cascades=3, channels=5, num_pools=2))
 
 
+def test_provenance_may_hold_paths_arrays_and_any_name(tmp_path):
+    path = save(make("DEQ"), tmp_path / "m", source=Path("data/a.h5"), scores=torch.tensor([1.5, 2.0]), model="teacher", path="elsewhere")
+    expected = {"source": str(Path("data/a.h5")), "scores": [1.5, 2.0], "model": "teacher", "path": "elsewhere"}
+    assert path == tmp_path / "m.safetensors" and spade.checkpoint.read(path)[1]["provenance"] == expected
+    assert json.loads((tmp_path / "m.json").read_text())["provenance"] == expected and isinstance(load(path), DEQ)
+    with pytest.raises(TypeError, match="a set cannot be written as JSON"):
+        save(make("DEQ"), tmp_path / "n", source={1})
+    assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_weights_alone_are_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="needs the network itself, an nn.Module, found a OrderedDict"):
+        save(make("DEQ").state_dict(), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_format_is_refused_and_a_missing_one_is_not(tmp_path):
+    save(make("DEQ"), tmp_path / "m")
+    tensors, description = spade.checkpoint.read(tmp_path / "m")
+    save_file(tensors, str(tmp_path / "new.safetensors"), metadata={"spade": json.dumps(description | {"format": "spade-2"})})
+    with pytest.raises(ValueError, match="new.safetensors has format 'spade-2', expected 'spade-1'"):
+        load(tmp_path / "new")
+    del description["format"]
+    save_file(tensors, str(tmp_path / "old.safetensors"), metadata={"spade": json.dumps(description)})
+    assert isinstance(load(tmp_path / "old"), DEQ)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere.safetensors"):
         load(tmp_path / "nowhere")

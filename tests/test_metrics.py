@@ -48,8 +48,8 @@ def test_unit_and_phase_do_not_matter_but_scale_of_the_reconstruction_does(pair)
     assert psnr(0.8 * x, x) < 25 # min-max scaling would call this perfect
 
 
-def test_no_metric_depends_on_zeroing_outputs(pair):
-    "The original code zeroes predictions where the reference is zero; here that must show as another image."
+def test_zeroing_outputs_where_the_reference_is_zero_would_raise_both_metrics_and_is_not_done(pair):
+    "The original code zeroes predictions where the reference is zero; here the image is judged as the network gave it."
     x_hat, x = pair
     zeroed = torch.where(x == 0, 0, x_hat)
     assert psnr(zeroed, x) > psnr(x_hat, x) and ssim(zeroed, x) > ssim(x_hat, x)
@@ -118,6 +118,46 @@ def test_evaluate_one_row_per_image_and_the_network_as_it_was():
 def test_evaluate_needs_a_reference():
     with pytest.raises(ValueError, match="needs batches with a reference"):
         evaluate(lambda y, A: A.adjoint(y), [batch_of(torch.ones(1, 1, 8, 8, dtype=torch.complex64))._replace(x=None)], progress=False)
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, complex(0, math.nan)))
+def test_an_image_that_is_not_finite_is_refused_and_not_left_out_of_a_mean(pair, value):
+    x_hat, x = pair[0].clone(), pair[1]
+    x_hat[0, 3, 4] = value
+    for metric in (psnr, ssim):
+        for bad in (x_hat, x_hat.numpy()):
+            with pytest.raises(ValueError, match="x_hat is not finite: 1 of its 340 values are NaN or infinite"):
+                metric(bad, x)
+        with pytest.raises(ValueError, match="the reference x is not finite"):
+            metric(x, x_hat)
+    good = iter([x[None], x_hat[None]])
+    batch = batch_of(x[None])
+    other = batch._replace(info=batch.info | {"subject": ["head"], "slice": [7]})
+    with pytest.raises(ValueError, match="subject head, file 0, slice 7: x_hat is not finite"):
+        evaluate(lambda y, A: next(good), [batch, other], progress=False)
+
+
+def test_infinity_in_a_photograph_is_not_clipped_to_white():
+    x = torch.ones(3, 8, 9)
+    with pytest.raises(ValueError, match="x_hat is not finite"):
+        psnr(torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.1, math.inf, x), x)
+
+
+def test_evaluate_leaves_the_batch_where_it_is():
+    class Elsewhere(nn.Module):
+        "A network on another device, which gives its answer on this one."
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = nn.Parameter(torch.ones((), device="meta")), []
+
+        def forward(self, y, A):
+            self.seen.append((y.is_meta, A.maps.is_meta, A))
+            return batch.x
+
+    batch, model = batch_of(torch.randn(1, 1, 9, 8, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))), Elsewhere()
+    evaluate(model, [batch], progress=False)
+    assert model.seen[0][:2] == (True, True) and model.seen[0][2] is not batch.A
+    assert not batch.A.maps.is_meta and not batch.A.mask.is_meta and torch.equal(batch.A(batch.x), batch.y)
 
 
 def test_evaluate_says_the_scale_of_photographs():

@@ -80,12 +80,13 @@ def photo_inputs(shape: tuple[int, int] = (321, 480), scale: int = 3, kernel_siz
 
 # %% ../nbs/24_latency.ipynb #c029
 def check_tolerances(models: dict[str, Callable]) -> None:
-    "Refuse to compare iterative networks that stop at different tolerances."
-    stops = {name: (m.tolerance, m.max_iterations) for name, m in models.items()
+    "Refuse to compare iterative networks that stop at different tolerances, or search with different solvers."
+    stops = {name: (m.tolerance, m.max_iterations, getattr(m, "solver", None), getattr(m, "memory", None)) for name, m in models.items()
              if hasattr(m, "tolerance") and hasattr(m, "max_iterations")}
     if len(set(stops.values())) > 1:
-        found = ", ".join(f"{name}: {tolerance:g} within {most}" for name, (tolerance, most) in stops.items())
-        raise ValueError(f"networks are timed at equal solver tolerance and equal largest number of iterations, found {found}")
+        found = ", ".join(f"{name}: {tolerance:g} within {most}" + ("" if solver is None else f", solver {solver}") + ("" if memory is None else f" of memory {memory}")
+                          for name, (tolerance, most, solver, memory) in stops.items())
+        raise ValueError(f"networks are timed with one solver, at equal solver tolerance and equal largest number of iterations, found {found}")
 
 # %% ../nbs/24_latency.ipynb #c033
 @contextmanager

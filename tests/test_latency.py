@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from spade.latency import measure, num_threads, one_iteration, paper_inputs
+from spade.latency import check_tolerances, measure, num_threads, one_iteration, paper_inputs, seconds_of, synchronize
 from spade.models import DEQ, VarNet
 from spade.pruning import prune
 
@@ -57,8 +57,31 @@ def test_modes_are_put_back_after_an_error():
 
 def test_unequal_tolerance_is_refused():
     loose, strict = (DEQ(features=4, num_blocks=1, tolerance=t) for t in (4e-3, 1e-4))
-    with pytest.raises(ValueError, match="equal solver tolerance.*strict: 0.0001 within 100, loose: 0.004 within 100"):
+    with pytest.raises(ValueError, match="equal solver tolerance.*strict: 0.0001 within 100, .*loose: 0.004 within 100"):
         measure({"strict": strict, "loose": loose}, *paper_inputs((16, 16), 2))
+
+
+@pytest.mark.parametrize("other", [dict(solver="plain"), dict(memory=3)])
+def test_another_solver_is_refused(other):
+    one, two = DEQ(features=4, num_blocks=1), DEQ(features=4, num_blocks=1, **other)
+    with pytest.raises(ValueError, match="timed with one solver.*one: 0.0001 within 100, solver anderson of memory 5, two: .*solver " + ("plain" if "solver" in other else "anderson of memory 3")):
+        measure({"one": one, "two": two}, *paper_inputs((16, 16), 2))
+    check_tolerances({"one": one, "pruned": prune(one, 0.40), "varnet": VarNet(1, 4, 1)})
+
+
+def test_a_gpu_is_waited_for_before_the_clock_starts_and_before_it_stops(monkeypatch):
+    "A GPU is asked and goes on by itself: a clock that does not wait measures how fast it is asked."
+    events, clock = [], time.perf_counter
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(("wait", device)))
+    monkeypatch.setattr(time, "perf_counter", lambda: events.append("clock") or clock())
+    gpu = torch.device("cuda", 0)
+    assert 0 <= seconds_of(lambda: events.append("call"), gpu) < 1
+    assert events == [("wait", gpu), "clock", "call", ("wait", gpu), "clock"]
+    events.clear()
+    synchronize(gpu), synchronize(torch.device("cpu"))
+    assert events == [("wait", gpu)]
+    seconds_of(lambda: events.append("call"), torch.device("cpu"))
+    assert events[1:] == ["clock", "call", "clock"]
 
 
 def test_iterations_of_a_deq_are_reported():

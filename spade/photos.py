@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'EMBEDDED', 'open_photo', 'as_rgb', 'read_photo', 'photo_size', 'find_photos', 'embedded_photos',
-           'check_files', 'check_scales', 'check_room', 'measure', 'collate', 'Photographs', 'orient', 'PhotoCrops',
-           'MeasurementCrops']
+           'check_files', 'check_scales', 'check_room', 'check_noise', 'as_kernels', 'check_tile', 'measure', 'collate',
+           'Photographs', 'orient', 'PhotoCrops', 'MeasurementCrops']
 
 # %% ../nbs/09_photos.ipynb #c003
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +106,9 @@ def check_files(files: Sequence[str | Path]) -> list[Path]:
     return [Path(path) for path in files]
 
 
-def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
-    "Whole numbers of at least 1, at least one of them."
-    scales = (scales,) if isinstance(scales, int) else tuple(scales)
+def check_scales(scales: Sequence[int] | int) -> tuple[int, ...]:
+    "Whole numbers of at least 1, at least one of them; one number is a list of one."
+    scales = (scales,) if isinstance(scales, Real) else tuple(scales)
     if not scales or any(scale != int(scale) or scale < 1 for scale in scales):
         raise ValueError(f"scales must be whole numbers of at least 1, found {scales}.")
     return tuple(map(int, scales))
@@ -117,7 +119,32 @@ def check_room(path: Path, found: tuple[int, int], needed: tuple[int, int], what
     if found[0] < needed[0] or found[1] < needed[1]:
         raise ValueError(f"{path} has {found[0]}×{found[1]} pixels, smaller than the {needed[0]}×{needed[1]} of the {what}.")
 
+
+def check_noise(noise: float) -> float:
+    "One standard deviation, not a range."
+    if not isinstance(noise, Real):
+        raise TypeError(f"noise must be one standard deviation, found {noise!r}: a range is for PhotoCrops.")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be a standard deviation of at least 0, found {noise}.")
+    return float(noise)
+
 # %% ../nbs/09_photos.ipynb #c023
+def as_kernels(kernels: Tensor) -> Tensor:
+    "Kernels as float32 `(K, h, w)`. Raises `ValueError` or `TypeError` for what is no kernel, or no stack of them."
+    kernels = torch.as_tensor(kernels)
+    if kernels.ndim not in (2, 3):
+        raise ValueError(f"kernels must have shape (K, h, w), or (h, w) for one, found {tuple(kernels.shape)}.")
+    return as_kernel(kernels[None, None] if kernels.ndim == 2 else kernels[:, None])[:, 0].float()
+
+
+def check_tile(tile: int | None, needed: int) -> None:
+    "Refuse a tile that is no whole number of pixels, or smaller than `needed` by kernel and scale."
+    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, Integral)):
+        raise TypeError(f"tile must be a whole number of pixels, found {tile!r}.")
+    if tile is not None and tile < needed:
+        raise ValueError(f"tile must be at least {needed} pixels, for the largest kernel and scale, found {tile}.")
+
+# %% ../nbs/09_photos.ipynb #c026
 def measure(
     x: Tensor,                  # float `(3, H, W)`, sides multiples of `scale`
     kernel: Tensor,             # `(h, w)`
@@ -129,7 +156,7 @@ def measure(
     y = BlurDownsample(kernel, scale)(x[None])[0]
     return y + noise * torch.randn(y.shape, generator=generator) if noise else y
 
-# %% ../nbs/09_photos.ipynb #c026
+# %% ../nbs/09_photos.ipynb #c029
 def collate(items: Sequence[dict[str, Any]]) -> Batch:
     "Stack items of one bucket into a `Batch`. Raises `ValueError` if their scales differ."
     scales = {item["scale"] for item in items}
@@ -140,15 +167,15 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
     info = {name: [item[name] for item in items] for name in ("file", "subject", "slice", "scale")}
     return Batch(stack("y"), A, stack("x") if "x" in items[0] else None, info)
 
-# %% ../nbs/09_photos.ipynb #c028
+# %% ../nbs/09_photos.ipynb #c031
 class Photographs(Dataset):
     "Photographs measured with given kernels at given scales. Item and noise are functions of the settings alone, so every run tests on the same."
     collate = staticmethod(collate)
 
     def __init__(self,
         files: Sequence[str | Path],
-        scales: Sequence[int] = (2,),   # the paper: 2, 3 and 4
-        kernels: Tensor | None = None,  # float `(K, h, w)`; None: `test_kernels()`
+        scales: Sequence[int] | int = (2,), # the paper: 2, 3 and 4
+        kernels: Tensor | None = None,  # float `(K, h, w)`, or `(h, w)` for one; None: `test_kernels()`
         noise: float = 0.0,             # standard deviation, images in [0, 1]
         pairing: str = "turn",          # "turn": image i with kernel i mod K; "all": every image with every kernel
         tile: int | None = None,        # side of the middle part that is used, in pixels; None: the whole photograph
@@ -158,26 +185,29 @@ class Photographs(Dataset):
     ):
         if pairing not in ("turn", "all"):
             raise ValueError(f"pairing must be 'turn' or 'all', found {pairing!r}.")
-        if not noise >= 0:
-            raise ValueError(f"noise must be a standard deviation of at least 0, found {noise}.")
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 photograph, found {limit}.")
         self.files, self.scales = check_files(files)[:limit], check_scales(scales)
-        self.kernels = as_kernel((test_kernels() if kernels is None else kernels)[:, None])[:, 0].float()
-        self.noise, self.tile, self.seed, self.ground_truth = float(noise), tile, seed, ground_truth
+        self.kernels = as_kernels(test_kernels() if kernels is None else kernels)
+        check_tile(tile, max(self.needed))
+        self.noise, self.tile, self.seed, self.ground_truth = check_noise(noise), tile, seed, ground_truth
         self.sizes = [self.size(path) for path in self.files]
         numbers = range(len(self.kernels))
         self.index = [(file, kernel, scale) for scale in self.scales for file in range(len(self.files))
                       for kernel in (numbers if pairing == "all" else [file % len(numbers)])]
+
+    @property
+    def needed(self) -> tuple[int, int]:
+        "(H, W) that a photograph must have: still as large as the kernel when it is cropped to a multiple of the scale."
+        return tuple(side + max(self.scales) - 1 for side in self.kernels.shape[-2:])
 
     def size(self, path: Path) -> tuple[int, int]:
         "(H, W) of what is used of a photograph, before it is cropped to a multiple of the scale."
         found = photo_size(path)
         if self.tile is not None:
             check_room(path, found, (self.tile, self.tile), "tile")
-            found = self.tile, self.tile
-        needed = tuple(side + max(self.scales) - 1 for side in self.kernels.shape[-2:])  # still as large as the kernel when cropped
-        check_room(path, found, needed, f"kernel and a block of ×{max(self.scales)}")
+            return self.tile, self.tile
+        check_room(path, found, self.needed, f"kernel and a block of ×{max(self.scales)}")
         return found
 
     def __len__(self) -> int:
@@ -212,7 +242,7 @@ class Photographs(Dataset):
         view.__dict__.update(self.__dict__, ground_truth=False)
         return view
 
-# %% ../nbs/09_photos.ipynb #c035
+# %% ../nbs/09_photos.ipynb #c038
 def orient(image: Tensor, symmetry: int) -> Tensor:
     "One of the eight orientations of `(C, H, W)`: quarter turns, and those mirrored."
     turned = torch.rot90(image, symmetry % 4, dims=(-2, -1))
@@ -227,21 +257,21 @@ class PhotoCrops(Dataset):
         files: Sequence[str | Path],
         length: int,                              # number of items, e.g. batch size × steps
         crop: int = 96,                           # side of `x` in pixels, rounded down to a multiple of the scale
-        scales: Sequence[int] = (1, 2, 3, 4),     # USRNet is trained for all four with one set of weights
-        noise: tuple[float, float] = (0.0, 0.02), # range of the standard deviation, images in [0, 1]
+        scales: Sequence[int] | int = (1, 2, 3, 4), # USRNet is trained for all four with one set of weights
+        noise: tuple[float, float] | float = (0.0, 0.02), # range of the standard deviation, images in [0, 1]
         seed: int = 0,
-        kernels: Tensor | None = None,            # `(K, h, w)` to draw from; None: `random_kernel`
+        kernels: Tensor | None = None,            # `(K, h, w)` to draw from, or `(h, w)`; None: `random_kernel`
         remember: int = 64,                       # photographs kept in memory
     ):
-        low, high = (noise, noise) if isinstance(noise, (int, float)) else noise
+        low, high = (noise, noise) if isinstance(noise, Real) else noise if len(noise) == 2 else (math.nan, math.nan)
         if not 0 <= low <= high:
             raise ValueError(f"noise must be a range (low, high) with 0 ≤ low ≤ high, found {noise}.")
         if length < 1:
             raise ValueError(f"length must be at least 1 item, found {length}.")
         self.files, self.scales, self.length, self.crop, self.noise = check_files(files), check_scales(scales), length, crop, (low, high)
-        self.kernels = None if kernels is None else as_kernel(kernels[:, None])[:, 0].float()
+        self.kernels = None if kernels is None else as_kernels(kernels)
         self.seed, self.remember, self.photos = seed, remember, {}
-        side, needed = min(self.side(scale) for scale in self.scales), 25 if kernels is None else max(kernels.shape[-2:])
+        side, needed = min(self.side(scale) for scale in self.scales), 25 if self.kernels is None else max(self.kernels.shape[-2:])
         if side < needed:
             raise ValueError(f"crop of {crop} pixels leaves {side} at the largest scale, smaller than the kernel of {needed}.")
         for path in self.files:
@@ -287,7 +317,7 @@ class PhotoCrops(Dataset):
         y = measure(x, kernel, scale, noise, generator)
         return dict(y=y, kernel=kernel[None], scale=scale, noise=noise, x=x, file=self.files[file].name, subject=self.files[file].stem, slice=i)
 
-# %% ../nbs/09_photos.ipynb #c039
+# %% ../nbs/09_photos.ipynb #c042
 class MeasurementCrops(Dataset):
     "Random square parts of measurements, without references; item `i` is a function of (seed, i)."
     collate = staticmethod(collate)

@@ -143,6 +143,16 @@ def test_references_are_the_photographs(folder):
     assert torch.equal(tile["x"], read_photo(files[3])[:, 10:30, 16:36])
 
 
+def test_one_kernel_is_a_stack_of_one_and_one_scale_a_list_of_one(folder):
+    files = find_photos(folder)
+    for settings in (dict(), dict(pairing="all")):
+        one, stack = Photographs(files, 2.0, KERNELS[0], **settings), Photographs(files, (2,), KERNELS[:1], **settings)
+        assert len(one) == len(stack) == len(files) and one.scales == (2,)
+        assert all(torch.equal(one[i]["y"], stack[i]["y"]) and torch.equal(one[i]["kernel"], stack[i]["kernel"]) for i in range(len(one)))
+    one, stack = (PhotoCrops(files, 4, crop=32, scales=2, kernels=kernels) for kernels in (KERNELS[0], KERNELS[:1]))
+    assert all(torch.equal(one[i]["y"], stack[i]["y"]) for i in range(4))
+
+
 def test_noise_belongs_to_the_measurement(folder):
     files = find_photos(folder)
     clean, noisy = Photographs(files, (2,), KERNELS), Photographs(files, (2,), KERNELS, noise=0.1)
@@ -181,7 +191,12 @@ def test_workers_change_nothing(folder):
     (lambda files: Photographs([]), ValueError, "at least one image file"),
     (lambda files: Photographs(files, (2,), spade.kernels.test_kernels(size=51)), ValueError, "photo0.png has 40×50 pixels, smaller than"),
     (lambda files: Photographs(files, tile=45), ValueError, "photo0.png has 40×50 pixels, smaller than the 45×45 of the tile"),
-    (lambda files: Photographs(files, tile=20), ValueError, "photo0.png has 20×20 pixels, smaller than"),
+    (lambda files: Photographs(files, tile=20), ValueError, "tile must be at least 26 pixels, for the largest kernel and scale, found 20"),
+    (lambda files: Photographs(files, tile=32.0), TypeError, "tile must be a whole number of pixels, found 32.0"),
+    (lambda files: Photographs(files, noise=(0, 0.1)), TypeError, r"noise must be one standard deviation, found \(0, 0.1\): a range is for PhotoCrops"),
+    (lambda files: Photographs(files, scales=2.5), ValueError, r"scales must be whole numbers of at least 1, found \(2.5,\)"),
+    (lambda files: Photographs(files, kernels=torch.ones(1, 1, 3, 3) / 9), ValueError, r"kernels must have shape \(K, h, w\), or \(h, w\) for one, found \(1, 1, 3, 3\)"),
+    (lambda files: PhotoCrops(files, 4, crop=32, noise=(0, 0.1, 0.2)), ValueError, "noise must be a range"),
     (lambda files: Photographs(files, (0,)), ValueError, "scales must be whole numbers of at least 1"),
     (lambda files: Photographs(files, ()), ValueError, "scales must be whole numbers of at least 1"),
     (lambda files: Photographs(files, pairing="some"), ValueError, "pairing must be 'turn' or 'all', found 'some'"),

@@ -257,9 +257,9 @@ def test_folders_without_files(files, tmp_path):
     with pytest.raises(FileNotFoundError, match="no HDF5 file"):
         find_files(tmp_path)
     assert find_files(files[0].parent) == files
-    with pytest.raises(FileNotFoundError, match="none of the 3 HDF5 files .* acquisition 'AXT1'"):
+    with pytest.raises(FileNotFoundError, match="none of the 3 HDF5 files .* acquisition 'AXT1', found 'AXT2'"):
         find_files(files[0].parent, "AXT1")
-    with pytest.raises(ValueError, match="none of the 3 files given has acquisition 'AXT1'"):
+    with pytest.raises(ValueError, match="none of the 3 files given has acquisition 'AXT1', found 'AXT2'"):
         MultiCoilSlices(files, acquisition="AXT1")
 
 
@@ -268,3 +268,47 @@ def test_scale_uses_the_acs_block_alone(files):
     other = kspace.clone()
     other[..., :8] = 99
     assert measurement_scale(kspace, acs) == measurement_scale(other, acs)
+
+
+def test_attributes_stored_as_bytes_are_text(files, tmp_path):
+    "HDF5 strings of fixed length come as bytes."
+    def as_bytes(file):
+        file.attrs["acquisition"], file.attrs["patient_id"] = np.bytes_("AXT2"), np.bytes_("s\u00e9bastien".encode())
+
+    path = change(files[0], tmp_path / "bytes.h5", as_bytes)
+    volume, = MultiCoilSlices([path]).volumes
+    assert (volume.acquisition, volume.subject) == ("AXT2", "s\u00e9bastien") and find_files(tmp_path) == [path]
+    other = change(files[1], tmp_path / "other.h5", lambda file: file.attrs.__setitem__("acquisition", np.bytes_("AXFLAIR")))
+    assert find_files(tmp_path) == [path] and find_files(tmp_path, "AXFLAIR") == [other] and find_files(tmp_path, None) == [path, other]
+    with pytest.raises(FileNotFoundError, match="has acquisition 'AXT1', found 'AXFLAIR', 'AXT2'"):
+        find_files(tmp_path, "AXT1")
+
+
+@pytest.mark.parametrize("settings, error, sentence", [
+    (dict(acceleration=0), ValueError, "acceleration must be a whole number from 1 to the width 72, found 0"),
+    (dict(acs_fraction=10), ValueError, "acs_fraction must lie between 0 and 1 .*, found 10"),
+    (dict(acceleration=16, exact=True), ValueError, "an exact rate of 1/16 allows"),
+    (dict(espirit_settings={"treshold": 0.1}), TypeError, "unknown ESPIRiT setting 'treshold'; choose among kernel_width, calib_width, threshold, crop"),
+    (dict(espirit_settings={"acs": slice(3, 9)}), TypeError, "unknown ESPIRiT setting 'acs'"),
+    (dict(crop=32.0), TypeError, "crop must be a whole number of rows, found 32.0")])
+def test_settings_are_refused_when_the_dataset_is_made(files, settings, error, sentence):
+    with pytest.raises(error, match=sentence) as raised:
+        MultiCoilSlices(files, **settings)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_files_is_no_dataset(files):
+    with pytest.raises(ValueError, match="files must name at least one HDF5 file, found 0 files"):
+        MultiCoilSlices([])
+
+
+def test_a_file_with_its_own_mask_does_not_ask_for_sampling_settings(files, tmp_path):
+    own = change(files[0], tmp_path / "own.h5", lambda file: file.__setitem__("mask", np.abs(np.arange(72) - 36) < 12))
+    assert MultiCoilSlices([own], acceleration=0, maps_folder=False)[0]["mask"].sum() == 23
+
+
+@pytest.mark.parametrize("counts", [(1,), (1, 1), (1, 1, 1, 0), (1.0, 1, 1), (2, -1, 1), (True, 1, 1)])
+def test_counts_that_make_no_split(files, counts):
+    with pytest.raises(ValueError, match="counts must be three whole numbers of subjects, for training, validation and testing, found"):
+        split_subjects(files, counts)
+    assert list(map(len, split_subjects(files, (2, 0, 1)).values())) == [2, 0, 1]

@@ -567,11 +567,12 @@ def simulate(
     images: str | Path | Images | None = None, # your own images in place of the tissue maps
     progress: bool = True,
     oversampling: int = 2,                    # along the readout; fastMRI's files have 2
-    name: str = "demo",                       # files are called `{name}_0007.h5`
+    name: str | None = None,                  # files are called `{name}_0007.h5`; None: "demo" or, with `images`, as that file
 ) -> list[Path]:
     "One file per subject, in fastMRI's format. Raises `ValueError` for settings that make no scan."
     if images is not None:
-        return simulate_from_images(folder, images, num_subjects, slices_per_subject, shape, num_coils, snr, seed, progress, oversampling)
+        return simulate_from_images(folder, images, num_subjects, slices_per_subject, shape, num_coils, snr, seed, progress, oversampling, name=name)
+    name = name or "demo"
     if min(num_subjects or 0, slices_per_subject or 0) < 1:
         raise ValueError(f"expected at least one subject and one slice of each, found num_subjects={num_subjects} and slices_per_subject={slices_per_subject}.")
     scan, tissue, paths = Scan(tuple(shape), num_coils, snr, oversampling), load_tissue(), []

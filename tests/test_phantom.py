@@ -213,3 +213,14 @@ def test_tissue_maps_are_found_from_an_empty_folder(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""},
                           capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_the_name_of_the_files_is_the_callers_with_own_images_too(tmp_path):
+    path = write(tmp_path / "own.h5", pictures=picture(), subject=np.array([0, 0, 1, 1]))
+    arguments = dict(num_subjects=None, slices_per_subject=1, shape=None, num_coils=2, images=path, progress=False)
+    named, unnamed = simulate(tmp_path, name="heads", **arguments), simulate(tmp_path, **arguments)
+    assert [file.name for file in named] == ["heads_0.h5", "heads_1.h5"] and [file.name for file in unnamed] == ["own_0.h5", "own_1.h5"]
+    for one, other in zip(named, unnamed):
+        assert np.array_equal(contents(one), contents(other)), "a name changes no number"
+    drawn, = simulate(tmp_path, 1, 1, shape=(32, 32), num_coils=2, progress=False)
+    assert drawn.name == "demo_0000.h5"

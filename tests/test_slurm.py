@@ -1,6 +1,8 @@
 """A part of the smoke batch on a real Slurm, of one node on this machine, that the test starts and ends. Skipped where Slurm is not installed (Debian: slurm-wlm and munge) or cannot be started."""
 import contextlib
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -9,9 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import psutil
 import pytest
+
+from spade.experiment import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "sbatch", "srun")
@@ -102,19 +105,20 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
-    """Figure 1's notebook, shortened, goes to the node by sbatch with the committed profile, and comes back; the second time nothing is left to do."""
+    """DEQ's teacher of the smoke profile, with the committed profile for Slurm: acquisitions, coil maps and training, a job each; the second time nothing is left to do."""
     for name in ("config", "nbs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(ROOT / "Snakefile", tmp_path / "Snakefile")
-    cells = [nbformat.v4.new_code_cell("profile = ''\nout = ''", metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell("import os\nfrom pathlib import Path\nfor kind in ('png', 'pdf'): Path(out, f'figure_1.{kind}').write_text(os.environ['SLURM_JOB_ID'])")]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "nbs" / "experiments" / "figure_1.ipynb")
-    command = [sys.executable, "-m", "snakemake", "figure_1", "--configfile", "config/smoke.yaml", "--config", "results=out", "--workflow-profile", "config/slurm", "--latency-wait", "20",
+    folder = Path("out") / "runs" / Run("deq").name
+    command = [sys.executable, "-m", "snakemake", str(folder / "result.json"), "--configfile", "config/smoke.yaml", "--config", "results=out", "--workflow-profile", "config/slurm", "--latency-wait", "20",
                "--default-resources", "slurm_partition=test", "mem_mb=500", "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"]
-    done = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert (tmp_path / "out" / "figure_1.png").read_text().isdigit(), "the notebook ran inside a Slurm job"
-    assert (tmp_path / "out" / "notebooks" / "figure_1.ipynb").is_file()
-    again = subprocess.run([*command, "-n"], cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=100)
+    logs = sorted(path.parent.parent.name for path in (tmp_path / ".snakemake" / "slurm_logs").glob("rule_*/*/*.log"))
+    submitted = re.findall(r"Job \d+ has been submitted with SLURM jobid", done.stdout + done.stderr)
+    assert len(submitted) == 3, (logs, done.stderr[-2000:])
+    result = json.loads((tmp_path / folder / "result.json").read_text())
+    assert result["profile"]["name"] == "smoke" and result["means"]["deq psnr"] > 0 and len(list((tmp_path / "data" / "smoke").glob("*.h5"))) == 4
+    assert (tmp_path / folder / "network.safetensors").is_file()
+    again = subprocess.run([*command, "-n"], cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=200)
     assert "Nothing to be done" in again.stdout + again.stderr

@@ -24,6 +24,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'spade.batch.data_job': ('batch.html#data_job', 'spade/batch.py'),
                              'spade.batch.demo': ('batch.html#demo', 'spade/batch.py'),
                              'spade.batch.demo_students': ('batch.html#demo_students', 'spade/batch.py'),
+                             'spade.batch.drop_bars': ('batch.html#drop_bars', 'spade/batch.py'),
                              'spade.batch.end': ('batch.html#end', 'spade/batch.py'),
                              'spade.batch.environment': ('batch.html#environment', 'spade/batch.py'),
                              'spade.batch.estimate': ('batch.html#estimate', 'spade/batch.py'),

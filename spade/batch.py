@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'REPORTS', 'PHOTO_REPORTS', 'REPORTING', 'GUESS', 'GUESSED_REST', 'GUESSED_MB', 'Job', 'relative', 'command',
-           'environment', 'name_cell', 'failing_cell', 'Outcome', 'end', 'Processes', 'drop_bars', 'run_job',
-           'run_jobs', 'watch', 'students', 'demo_students', 'job_of', 'prepare', 'photo_reports', 'report_jobs',
-           'latency_job', 'ready_teacher', 'demo', 'tell', 'Report', 'report_files', 'block', 'mri_reports',
-           'paper_reports', 'paper_runs', 'known_code_key', 'settings_key', 'report_key', 'likeness', 'like',
-           'trained_steps', 'estimate', 'uses_gpu', 'is_there', 'plan', 'tell_plan', 'memory_mb', 'minutes_to_reserve',
-           'job_resources', 'resources_by_rule', 'write_resources', 'visible_gpus', 'own_gpu', 'data_job',
-           'notebook_job', 'parser', 'termination_as_interrupt', 'carry_out', 'main']
+           'environment', 'name_cell', 'begun_cells', 'failing_cell', 'last_cell', 'Outcome', 'end', 'Processes',
+           'drop_bars', 'run_job', 'run_jobs', 'watch', 'students', 'demo_students', 'job_of', 'prepare',
+           'photo_reports', 'report_jobs', 'latency_job', 'ready_teacher', 'demo', 'tell', 'Report', 'report_files',
+           'block', 'mri_reports', 'paper_reports', 'paper_runs', 'known_code_key', 'settings_key', 'report_key',
+           'likeness', 'like', 'trained_steps', 'estimate', 'uses_gpu', 'is_there', 'plan', 'tell_plan', 'memory_mb',
+           'minutes_to_reserve', 'job_resources', 'resources_by_rule', 'write_resources', 'visible_gpus', 'own_gpu',
+           'data_job', 'notebook_job', 'parser', 'termination_as_interrupt', 'carry_out', 'main']
 
 # %% ../nbs/33_batch.ipynb #c003
 import argparse
@@ -86,16 +86,24 @@ def name_cell(cell: nbformat.NotebookNode) -> str:
     return f"cell In [{cell.execution_count or '*'}]: {lines[0]}"
 
 
+def begun_cells(executed: Path) -> list[nbformat.NotebookNode]:
+    """The cells of an executed notebook that were begun."""
+    cells = nbformat.read(executed, as_version=4).cells if executed.is_file() else []
+    return [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
+
+
 def failing_cell(executed: Path) -> str:
-    """The failing cell of an executed notebook and its error; the cell executed last if none has an error, as where memory ran out and the kernel was killed; empty without cells."""
-    if not executed.is_file():
-        return ""
-    begun = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.metadata.get("papermill", {}).get("start_time")]
-    for cell in begun:
+    """The failing cell of an executed notebook and its error; empty if no cell failed."""
+    for cell in begun_cells(executed):
         for output in cell.get("outputs", []):
             if output.output_type == "error":
                 return f"{name_cell(cell)}\n    {output.ename}: {output.evalue}"
-    return name_cell(begun[-1]) if begun else ""
+    return ""
+
+
+def last_cell(executed: Path) -> str:
+    """The cell that was executed last: where memory runs out the kernel is killed, and no cell has an error."""
+    return "".join(name_cell(cell) for cell in begun_cells(executed)[-1:])
 
 # %% ../nbs/33_batch.ipynb #c018
 @dataclass(frozen=True)
@@ -177,8 +185,7 @@ def run_job(job: Job, threads: int = 1, processes: Processes | None = None) -> O
     seconds = time.perf_counter() - began
     if process.returncode:
         last = (errors.strip().splitlines() or [f"papermill ended with code {process.returncode}"])[-1]
-        cell = failing_cell(job.output)
-        return Outcome(job, "failed", seconds, cell if "\n" in cell else "\n    ".join(filter(None, (cell, last))))
+        return Outcome(job, "failed", seconds, failing_cell(job.output) or "\n    ".join(filter(None, (last_cell(job.output), last))))
     drop_bars(job.output)
     return Outcome(job, "done", seconds)
 

@@ -577,6 +577,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'spade.profiles.NetworkSettings.is_transferred': ( 'profiles.html#networksettings.is_transferred',
                                                                                    'spade/profiles.py'),
                                 'spade.profiles.NetworkSettings.teaching': ('profiles.html#networksettings.teaching', 'spade/profiles.py'),
+                                'spade.profiles.NetworkSettings.tuning': ('profiles.html#networksettings.tuning', 'spade/profiles.py'),
                                 'spade.profiles.Photos': ('profiles.html#photos', 'spade/profiles.py'),
                                 'spade.profiles.Profile': ('profiles.html#profile', 'spade/profiles.py'),
                                 'spade.profiles.Sampling': ('profiles.html#sampling', 'spade/profiles.py'),

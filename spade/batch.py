@@ -449,7 +449,7 @@ def like(run: Run, made: Iterable[dict]) -> dict | None:
 def trained_steps(profile: dict, run: Run) -> int:
     """The steps of a run by the profile that its result holds."""
     settings = read_dataclass(NetworkSettings, profile["networks"][run.network], "networks")
-    return (settings.finetuning[run.strategy].at(run.ratio) if run.strategy else settings.teaching(run.acceleration)).steps
+    return (settings.tuning(run.acceleration)[run.strategy].at(run.ratio) if run.strategy else settings.teaching(run.acceleration)).steps
 
 # %% ../nbs/33_batch.ipynb #c095
 def estimate(run: Run, profile: Profile, made: list[dict], to_train: bool = True) -> tuple[float, bool]:

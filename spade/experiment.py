@@ -180,7 +180,7 @@ def training_of(profile: Profile, run: Run) -> Training:
     if not run.strategy:
         return settings.teaching(run.acceleration)
     choose(f"strategy of {run.network} in the profile {profile.name!r}:", run.strategy, settings.finetuning)
-    return settings.finetuning[run.strategy].at(run.ratio)
+    return settings.tuning(run.acceleration)[run.strategy].at(run.ratio)
 
 # %% ../nbs/26_experiment.ipynb #c039
 #: different crops of one training

@@ -128,6 +128,7 @@ class Transfer:
     """Teachers that go on from the shipped teacher of another acceleration instead of random weights."""
     acceleration: int       # of the shipped teacher
     training: Training      # instead of `pretraining`, at every other acceleration
+    finetuning: Mapping[str, Training] = field(default_factory=dict)   # of their students, by strategy, where it is another than at `acceleration`
 
 # %% ../nbs/25_profiles.ipynb #c023
 @dataclass(frozen=True)
@@ -147,6 +148,10 @@ class NetworkSettings:
     def teaching(self, acceleration: int) -> Training:
         """The training of a teacher of this acceleration."""
         return self.transfer.training if self.is_transferred(acceleration) else self.pretraining
+
+    def tuning(self, acceleration: int) -> Mapping[str, Training]:
+        """The trainings of the students of such a teacher, by strategy."""
+        return {**self.finetuning, **self.transfer.finetuning} if self.is_transferred(acceleration) else self.finetuning
 
 # %% ../nbs/25_profiles.ipynb #c026
 @dataclass(frozen=True)
@@ -248,7 +253,10 @@ def check_names(profile: Profile) -> None:
         choose("network", network, NETWORKS)
         for strategy in settings.finetuning:
             choose("strategy", strategy, STRATEGIES)
-        for training in (settings.pretraining, *([settings.transfer.training] if settings.transfer else []), *settings.finetuning.values()):
+        transfer = settings.transfer
+        for strategy in transfer.finetuning if transfer else ():
+            choose(f"strategy of {network}'s students, in transfer:", strategy, settings.finetuning)
+        for training in (settings.pretraining, *settings.finetuning.values(), *([transfer.training, *transfer.finetuning.values()] if transfer else [])):
             choose("schedule", training.schedule, ("constant", "cosine"))
             choose("loss", training.loss, ("", *LOSSES))
         choose("rotations", (settings.self_supervised or profile.self_supervised).rotations, ("any", "right"))

@@ -206,7 +206,7 @@ def test_a_named_teacher_must_exist(tmp_path):
 
 def test_a_job_of_the_gpu_profile_runs_on_a_cpu(tmp_path):
     """The paper's VarNet at 320 x 320 with 16 coils; two steps of pretraining, and one subject a split with one slice."""
-    shorter = {"device": "cpu", "threads": 2, "data.subjects": [1, 1, 1], "data.simulation.slices": 1, "networks.varnet.pretraining.steps": 2}
+    shorter = {"device": "cpu", "threads": 2, "data.subjects": [1, 1, 1], "data.simulation.slices": 1, "networks.varnet.pretraining.steps": 2, "networks.varnet.pretraining.validate_every": 2}
     profile = load_profile("gpu", shorter)
     job = job_of(Run("varnet"), profile, tmp_path, str(tmp_path / "data"))
     outcome = run_job(replace(job, parameters={**job.parameters, "overrides": shorter}), threads=2)

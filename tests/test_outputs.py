@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from spade.batch import paper_reports, paper_runs
+from spade.profiles import load_profile
+
 RUNS = Path(__file__).resolve().parents[1] / "outputs" / "demo" / "runs"
 NETWORKS = [name for name in ("deq", "varnet", "e2e-varnet") if (RUNS / f"{name}-R6-teacher-seed0" / "result.json").is_file()]
 
@@ -18,6 +21,22 @@ def student(network: str, ratio: float, strategy: str, start: str = "") -> float
 
 def test_the_demo_of_every_network_is_committed():
     assert len(NETWORKS) == 3 and (RUNS / "usrnet-teacher-seed0" / "result.json").is_file()
+
+
+def test_the_demo_shows_every_table_and_figure_of_the_paper():
+    demo, profile = RUNS.parent, load_profile("demo")
+    missing = [name for report in paper_reports(profile).values() for name in report.files if not (demo / name).is_file()]
+    assert not missing and (demo / "resources.md").is_file()
+    assert all((RUNS / name / "result.json").is_file() for name in paper_runs(profile))
+    assert "Nothing of the paper is missing" in (demo / "index.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("acceleration", [8, 10])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_teachers_that_went_on_from_another_acceleration_beat_cg_sense(network, acceleration):
+    found = json.loads((RUNS / f"{network}-R{acceleration}-teacher-seed0" / "result.json").read_text())
+    assert found["begun_from"] == f"{network}_R6_demo.safetensors" and found["training_seconds"] > 0
+    assert found["means"][f"{network} psnr"] >= found["means"]["cg-sense psnr"] + 1.5
 
 
 @pytest.mark.parametrize("network", NETWORKS)

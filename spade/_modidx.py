@@ -231,7 +231,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'spade.kernels.test_kernels': ('kernels.html#test_kernels', 'spade/kernels.py')},
             'spade.latency': { 'spade.latency.check_tolerances': ('latency.html#check_tolerances', 'spade/latency.py'),
                                'spade.latency.device_name': ('latency.html#device_name', 'spade/latency.py'),
-                               'spade.latency.evaluating': ('latency.html#evaluating', 'spade/latency.py'),
                                'spade.latency.measure': ('latency.html#measure', 'spade/latency.py'),
                                'spade.latency.num_threads': ('latency.html#num_threads', 'spade/latency.py'),
                                'spade.latency.one_iteration': ('latency.html#one_iteration', 'spade/latency.py'),

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['synchronize', 'seconds_of', 'num_threads', 'device_name', 'paper_inputs', 'photo_inputs', 'check_tolerances',
-           'evaluating', 'quartiles', 'measure', 'one_iteration']
+           'quartiles', 'measure', 'one_iteration']
 
 # %% ../nbs/24_latency.ipynb #c004
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .operators import BlurDownsample, MultiCoilMRI, normalize_maps
+from .pruning import evaluating
 from .sampling import equispaced_mask
 
 # %% ../nbs/24_latency.ipynb #c007
@@ -81,28 +82,13 @@ def photo_inputs(shape: tuple[int, int] = (321, 480), scale: int = 3, kernel_siz
 # %% ../nbs/24_latency.ipynb #c029
 def check_tolerances(models: dict[str, Callable]) -> None:
     "Refuse to compare iterative networks that stop at different tolerances, or search with different solvers."
-    stops = {name: (m.tolerance, m.max_iterations, getattr(m, "solver", None), getattr(m, "memory", None)) for name, m in models.items()
-             if hasattr(m, "tolerance") and hasattr(m, "max_iterations")}
-    if len(set(stops.values())) > 1:
-        found = ", ".join(f"{name}: {tolerance:g} within {most}" + ("" if solver is None else f", solver {solver}") + ("" if memory is None else f" of memory {memory}")
-                          for name, (tolerance, most, solver, memory) in stops.items())
+    asked = ("tolerance", "max_iterations", "solver", "memory")
+    stops = {name: {what: getattr(m, what) for what in asked if hasattr(m, what)} for name, m in models.items() if hasattr(m, "tolerance")}
+    if any(stop != other for stop in stops.values() for other in stops.values()):
+        found = "; ".join(f"{name}: " + ", ".join(f"{what} {value}" for what, value in stop.items()) for name, stop in stops.items())
         raise ValueError(f"networks are timed with one solver, at equal solver tolerance and equal largest number of iterations, found {found}")
 
 # %% ../nbs/24_latency.ipynb #c033
-@contextmanager
-def evaluating(models: Iterable[Callable]) -> Iterator[None]:
-    "Every network among `models` in eval mode and without gradients; each is put back as it was."
-    before = {m: m.training for model in models if isinstance(model, nn.Module) for m in model.modules()}
-    try:
-        for m in before:
-            m.training = False
-        with torch.inference_mode():
-            yield
-    finally:
-        for m, mode in before.items():
-            m.training = mode
-
-# %% ../nbs/24_latency.ipynb #c035
 def quartiles(seconds: dict[str, list[float]]) -> pd.DataFrame:
     "Median and quartiles of each list, and how many times faster than the first each is."
     rows = {name: pd.Series(s).quantile([0.5, 0.25, 0.75]).to_list() for name, s in seconds.items()}
@@ -110,7 +96,7 @@ def quartiles(seconds: dict[str, list[float]]) -> pd.DataFrame:
     frame["speed_up"] = frame["seconds"].iloc[0] / frame["seconds"]
     return frame.rename_axis("model")
 
-# %% ../nbs/24_latency.ipynb #c039
+# %% ../nbs/24_latency.ipynb #c037
 def measure(
     models: dict[str, Callable],  # by name; the first is what the others are compared with
     y: Tensor,  # a measurement, on the device to measure on
@@ -125,7 +111,8 @@ def measure(
                          f"found {len(models)} models, repeats={repeats} and warmup={warmup}")
     check_tolerances(models)
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    with num_threads(threads) as used, evaluating(models.values()):
+    networks = [model for model in models.values() if isinstance(model, nn.Module)]
+    with num_threads(threads) as used, evaluating(*networks), torch.inference_mode():
         for number in range(warmup + repeats):
             for name, model in models.items():
                 elapsed = seconds_of(lambda: model(y, A), y.device)
@@ -138,7 +125,7 @@ def measure(
                                   f"median of {repeats} calls taking turns")
     return frame
 
-# %% ../nbs/24_latency.ipynb #c053
+# %% ../nbs/24_latency.ipynb #c051
 def one_iteration(model: nn.Module) -> Callable[[Tensor, nn.Module], Tensor]:
     "One application of a DEQ's $T$ to the zero-filled image, as a callable `(y, A)` for `measure`."
     if not callable(getattr(model, "step", None)):

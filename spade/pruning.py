@@ -38,11 +38,12 @@ class Member:
 
 # %% ../nbs/20_pruning.ipynb #c013
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    "`module` in evaluation mode; afterwards each of its layers is in its own mode again."
-    training = {m: m.training for m in module.modules()}
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    "`modules` in evaluation mode; afterwards each of their layers is in its own mode again."
+    training = {m: m.training for module in modules for m in module.modules()}
     try:
-        module.eval()
+        for module in modules:
+            module.eval()
         yield
     finally:
         for m, mode in training.items():

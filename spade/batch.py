@@ -74,10 +74,10 @@ def command(job: Job) -> list[str]:
 
 # %% ../nbs/33_batch.ipynb #c012
 def environment(threads: int) -> dict[str, str]:
-    """Environment of a job: so many threads, no progress bars, spade from this checkout."""
+    """Environment of a job: so many threads, spade from this checkout."""
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     path = os.pathsep.join(filter(None, [str(project_root()), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, **limits, "TQDM_DISABLE": "1", "PYTHONPATH": path, "PYTHONWARNINGS": QUIET}
+    return {**os.environ, **limits, "PYTHONPATH": path, "PYTHONWARNINGS": QUIET}
 
 # %% ../nbs/33_batch.ipynb #c016
 def name_cell(cell: nbformat.NotebookNode) -> str:
@@ -85,13 +85,13 @@ def name_cell(cell: nbformat.NotebookNode) -> str:
     lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")] or [""]
     return f"cell In [{cell.execution_count or '*'}]: {lines[0]}"
 
-
+# %% ../nbs/33_batch.ipynb #c019
 def begun_cells(executed: Path) -> list[nbformat.NotebookNode]:
     """The cells of an executed notebook that were begun."""
     cells = nbformat.read(executed, as_version=4).cells if executed.is_file() else []
     return [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
 
-
+# %% ../nbs/33_batch.ipynb #c020
 def failing_cell(executed: Path) -> str:
     """The failing cell of an executed notebook and its error; empty if no cell failed."""
     for cell in begun_cells(executed):
@@ -100,12 +100,12 @@ def failing_cell(executed: Path) -> str:
                 return f"{name_cell(cell)}\n    {output.ename}: {output.evalue}"
     return ""
 
-
+# %% ../nbs/33_batch.ipynb #c022
 def last_cell(executed: Path) -> str:
-    """The cell that was executed last: where memory runs out the kernel is killed, and no cell has an error."""
+    """The cell that was begun last."""
     return "".join(name_cell(cell) for cell in begun_cells(executed)[-1:])
 
-# %% ../nbs/33_batch.ipynb #c018
+# %% ../nbs/33_batch.ipynb #c024
 @dataclass(frozen=True)
 class Outcome:
     """What became of a job."""
@@ -118,7 +118,7 @@ class Outcome:
         told = ", ".join(f"{name}={value!r}" for name, value in self.job.parameters.items() if value != "")
         return f"{self.job.notebook.name} ({told}) failed after {self.seconds:.0f} s\n  {self.error}"
 
-# %% ../nbs/33_batch.ipynb #c020
+# %% ../nbs/33_batch.ipynb #c026
 def end(process: subprocess.Popen, patience: float = 5.0) -> None:
     """Terminate a process and everything it started; kill what is left after `patience` seconds."""
     try:
@@ -133,7 +133,7 @@ def end(process: subprocess.Popen, patience: float = 5.0) -> None:
                 pass
         _, started = psutil.wait_procs(started, timeout=patience)     # not `process`: whoever waits for it needs its exit code
 
-# %% ../nbs/33_batch.ipynb #c024
+# %% ../nbs/33_batch.ipynb #c030
 class Processes:
     """The running processes of a batch. Once they have been ended, none is begun any more."""
 
@@ -155,7 +155,7 @@ class Processes:
         for process in self.running:
             end(process)
 
-# %% ../nbs/33_batch.ipynb #c026
+# %% ../nbs/33_batch.ipynb #c032
 def drop_bars(executed: Path) -> None:
     """Remove progress bars from an executed notebook: what was written to stderr with a carriage return, or is blank."""
     notebook = nbformat.read(executed, as_version=4)
@@ -165,7 +165,7 @@ def drop_bars(executed: Path) -> None:
             cell.outputs = [output for output in cell.outputs if not is_bar(output)]
     atomic_write(executed, lambda part: nbformat.write(notebook, part))
 
-# %% ../nbs/33_batch.ipynb #c028
+# %% ../nbs/33_batch.ipynb #c034
 def run_job(job: Job, threads: int = 1, processes: Processes | None = None) -> Outcome:
     """Run one job unless it is done; never raises for a job that fails."""
     if job.done():
@@ -189,7 +189,7 @@ def run_job(job: Job, threads: int = 1, processes: Processes | None = None) -> O
     drop_bars(job.output)
     return Outcome(job, "done", seconds)
 
-# %% ../nbs/33_batch.ipynb #c034
+# %% ../nbs/33_batch.ipynb #c040
 def run_jobs(jobs: list[Job], workers: int = 1, threads: int = 1, title: str = "runs") -> list[Outcome]:
     """Run jobs side by side; returns an outcome for each, in their order."""
     running, processes = {}, Processes()
@@ -212,7 +212,7 @@ def run_jobs(jobs: list[Job], workers: int = 1, threads: int = 1, title: str = "
             raise
     return [future.result() for future in futures]
 
-# %% ../nbs/33_batch.ipynb #c036
+# %% ../nbs/33_batch.ipynb #c042
 def watch(futures: list, running: dict[str, float], bar: tqdm) -> None:
     """Move the bar while jobs run: once a second, or 15 seconds where nobody looks."""
     pause = 1 if sys.stderr.isatty() else 15
@@ -228,7 +228,7 @@ def watch(futures: list, running: dict[str, float], bar: tqdm) -> None:
     bar.set_postfix_str("")
     bar.update(len(futures) - bar.n)
 
-# %% ../nbs/33_batch.ipynb #c042
+# %% ../nbs/33_batch.ipynb #c048
 def students(profile: Profile, network: str, acceleration: int) -> list[Run]:
     """The fine-tuning runs that a profile asks for."""
     strategies = profile.networks[network].finetuning
@@ -238,14 +238,14 @@ def students(profile: Profile, network: str, acceleration: int) -> list[Run]:
               for seed in profile.seeds for strategy, ratios in profile.random_start.items() if strategy in strategies for ratio in ratios]
     return pruned + random
 
-# %% ../nbs/33_batch.ipynb #c048
+# %% ../nbs/33_batch.ipynb #c054
 def demo_students(profile: Profile, network: str, acceleration: int) -> list[Run]:
     """The students of `demo`, the longest first, so that none is left for the end; of the random starts only the supervised one at the largest ratio."""
     def wanted(run: Run) -> bool:
         return run.start == "pruned" or (run.strategy == "supervised" and run.ratio == max(profile.ratios))
     return sorted(filter(wanted, students(profile, network, acceleration)), key=lambda run: training_of(profile, run).steps, reverse=True)
 
-# %% ../nbs/33_batch.ipynb #c051
+# %% ../nbs/33_batch.ipynb #c057
 def job_of(run: Run, profile: Profile, out: Path, data: str = "", teacher: str = "") -> Job:
     """The papermill call that makes `run`."""
     setting = {} if run.super_resolution else {"acceleration": run.acceleration}
@@ -261,7 +261,7 @@ def job_of(run: Run, profile: Profile, out: Path, data: str = "", teacher: str =
         return is_complete(run, out, run_key(run, profile, checksum(source) if source else "", data))
     return Job(run.name, notebook_path(run.notebook), run.folder(out) / "run.ipynb", parameters, done)
 
-# %% ../nbs/33_batch.ipynb #c055
+# %% ../nbs/33_batch.ipynb #c061
 def prepare(profile: Profile, network: str, acceleration: int, data: str = "") -> None:
     """Simulate the acquisitions and estimate all coil maps, unless they are there; or look whether the photographs are."""
     use_device(profile)     # its number of threads: many small operations on threads that wait for each other are slow
@@ -270,7 +270,7 @@ def prepare(profile: Profile, network: str, acceleration: int, data: str = "") -
         if not run.super_resolution:
             part.prepare()
 
-# %% ../nbs/33_batch.ipynb #c057
+# %% ../nbs/33_batch.ipynb #c063
 REPORTS: tuple[str, ...] = ("table_1", "figure_3", "figure_7")                          # of CS-MRI
 PHOTO_REPORTS: tuple[str, ...] = ("table_4", "table_6", "figure_5", "figure_steps")     # of super-resolution
 
@@ -284,7 +284,7 @@ def photo_reports(profile: Profile, parameters: dict[str, Any]) -> dict[str, dic
     left_out = {"table_4": not scales, "table_6": 4 not in profile.photos.scales}
     return {name: settings for name, settings in reports.items() if not left_out.get(name)}
 
-# %% ../nbs/33_batch.ipynb #c058
+# %% ../nbs/33_batch.ipynb #c064
 def report_jobs(network: str, acceleration: int, profile: Profile, out: Path) -> list[Job]:
     """The notebooks that render what `out` holds."""
     run, parameters = Run(network, acceleration), dict(profile=profile.name, out=relative(out))
@@ -294,20 +294,20 @@ def report_jobs(network: str, acceleration: int, profile: Profile, out: Path) ->
         reports = {name: dict(networks=network, acceleration=acceleration, **parameters) for name in REPORTS if (name, acceleration) != ("figure_3", 10)}
     return [Job(name, notebook_path(name), out / "notebooks" / f"{name}_{run.label}.ipynb", settings) for name, settings in reports.items()]
 
-# %% ../nbs/33_batch.ipynb #c060
+# %% ../nbs/33_batch.ipynb #c066
 def latency_job(network: str, profile: Profile, out: Path) -> Job:
     """The notebook that measures time; it looks itself whether that is done."""
     parameters = dict(network=network, profile=profile.name, out=relative(out))
     return Job(f"latency {network}", notebook_path("latency"), out / "latency" / f"{network}.ipynb", parameters)
 
-# %% ../nbs/33_batch.ipynb #c064
+# %% ../nbs/33_batch.ipynb #c070
 def ready_teacher(run: Run, profile: Profile) -> str:
     """The word for the teacher that need not be trained: "published", "shipped", or "" for none."""
     if profile.networks[run.network].published:
         return "published"
     return "shipped" if shipped_teacher(run, profile).is_file() else ""
 
-# %% ../nbs/33_batch.ipynb #c067
+# %% ../nbs/33_batch.ipynb #c073
 def demo(network: str, profile: Profile, out: Path, acceleration: int = 6, data: str = "") -> list[Outcome]:
     """One network from raw data to its tables and figures; returns what became of every job."""
     if network not in profile.networks:
@@ -322,7 +322,7 @@ def demo(network: str, profile: Profile, out: Path, acceleration: int = 6, data:
     outcomes += run_jobs([latency_job(network, profile, out)], threads=profile.latency.threads, title="time")
     return outcomes + run_jobs(report_jobs(network, acceleration, profile, out), **pools, title="table, figures")
 
-# %% ../nbs/33_batch.ipynb #c069
+# %% ../nbs/33_batch.ipynb #c075
 def tell(outcomes: list[Outcome], network: str, acceleration: int, out: Path) -> None:
     """Print the tables, where the files are, and every failure."""
     label = Run(network, acceleration).label
@@ -338,7 +338,7 @@ def tell(outcomes: list[Outcome], network: str, acceleration: int, out: Path) ->
     for outcome in failed:
         print(f"\n{outcome}", file=sys.stderr)
 
-# %% ../nbs/33_batch.ipynb #c071
+# %% ../nbs/33_batch.ipynb #c077
 @dataclass(frozen=True)
 class Report:
     """A table or figure: its notebook has the same name."""
@@ -349,12 +349,12 @@ class Report:
     files: tuple[str, ...] = ()                 # which it writes, in the folder of results
     reads: tuple[str, ...] = ("result.json",)   # of each run
 
-# %% ../nbs/33_batch.ipynb #c073
+# %% ../nbs/33_batch.ipynb #c079
 def report_files(stem: str) -> tuple[str, ...]:
     """Files of a table or figure: `table_1.md`, …"""
     return tuple(f"{stem}.{kind}" for kind in (("md", "csv", "tex") if stem.startswith("table") else ("png", "pdf")))
 
-# %% ../nbs/33_batch.ipynb #c076
+# %% ../nbs/33_batch.ipynb #c082
 def block(profile: Profile, networks: Iterable[str], acceleration: int = 6, wanted: Callable[[Run], bool] = lambda run: run.start == "pruned") -> tuple[Run, ...]:
     """Teachers, and the students that are wanted, of some networks at one acceleration, for each seed of the profile."""
     runs = []
@@ -363,7 +363,7 @@ def block(profile: Profile, networks: Iterable[str], acceleration: int = 6, want
         runs += [Run(network, acceleration, seed=seed) for seed in profile.seeds] + chosen
     return tuple(runs)
 
-# %% ../nbs/33_batch.ipynb #c079
+# %% ../nbs/33_batch.ipynb #c085
 def mri_reports(profile: Profile) -> list[Report]:
     """The reports of CS-MRI that the networks of a profile allow."""
     networks = tuple(name for name in MRI_NETWORKS if name in profile.networks)
@@ -386,7 +386,7 @@ def mri_reports(profile: Profile) -> list[Report]:
             reports.append(Report(f"figure_{figure}", runs, (), {"seed": profile.seeds[0]}, report_files(f"figure_{figure}_{network}_R6"), ("result.json", "images.npz")))
     return reports
 
-# %% ../nbs/33_batch.ipynb #c081
+# %% ../nbs/33_batch.ipynb #c087
 def paper_reports(profile: Profile) -> dict[str, Report]:
     """Every table and figure that the networks of a profile allow, by the name of its notebook."""
     reports = [Report("figure_1", files=report_files("figure_1")), *mri_reports(profile)]
@@ -401,12 +401,12 @@ def paper_reports(profile: Profile) -> dict[str, Report]:
             reports.append(Report(name, runs, ("usrnet",) if name.startswith("table") else (), settings, report_files(f"{name}_usrnet"), pictures))
     return {report.name: report for report in sorted(reports, key=lambda report: report.name)}
 
-# %% ../nbs/33_batch.ipynb #c082
+# %% ../nbs/33_batch.ipynb #c088
 def paper_runs(profile: Profile) -> dict[str, Run]:
     """Every run that the reports need, by name."""
     return {run.name: run for report in paper_reports(profile).values() for run in report.runs}
 
-# %% ../nbs/33_batch.ipynb #c087
+# %% ../nbs/33_batch.ipynb #c093
 #: modules from which a report is made
 REPORTING: tuple[str, ...] = ("report", "figures", "paper")
 
@@ -416,20 +416,20 @@ def known_code_key(notebook: str) -> str:
     """`code_key` of a notebook, read once."""
     return code_key(notebook)
 
-# %% ../nbs/33_batch.ipynb #c088
+# %% ../nbs/33_batch.ipynb #c094
 def settings_key(run: Run, profile: Profile) -> str:
     """Key of what a run is made by, as far as it is known before the data and its teacher's run are there: settings, code, and the weights that ship or are published."""
     published = profile.networks[run.network].published
     ready = [] if run.strategy else [first_weights(run, profile), shipped_teacher(run, profile), resolve(published) if published else None]
     return content_key(settings_of(run, profile), published, known_code_key(run.notebook), [known_checksum(path) for path in ready if path and path.is_file()])
 
-# %% ../nbs/33_batch.ipynb #c089
+# %% ../nbs/33_batch.ipynb #c095
 def report_key(report: Report) -> str:
     """Key of a report's notebook and of the modules that draw it."""
     package = Path(__file__).parent if "__file__" in globals() else project_root() / "spade"
     return content_key(code_cells(report.name), [without_comments((package / f"{name}.py").read_text(encoding="utf-8")) for name in REPORTING], report.parameters)
 
-# %% ../nbs/33_batch.ipynb #c092
+# %% ../nbs/33_batch.ipynb #c098
 #: seconds of a step of the paper's networks at the paper's size on one GPU, guessed from the gpu profile's aim of at most 8 minutes a job; and seconds and MB of the rest
 GUESS: dict[str, float] = {"deq": 1.0, "varnet": 0.2, "e2e-varnet": 0.22, "usrnet": 0.08}
 GUESSED_REST, GUESSED_MB = 60.0, {"cpu": 3000, "gpu": 16000}
@@ -439,19 +439,19 @@ def likeness(run: Run, other: Run) -> tuple[bool, ...]:
     """How much `other` tells about `run`; the larger, the more."""
     return (run.strategy == other.strategy, run.ratio == other.ratio, run.start == other.start, run.acceleration == other.acceleration)
 
-# %% ../nbs/33_batch.ipynb #c093
+# %% ../nbs/33_batch.ipynb #c099
 def like(run: Run, made: Iterable[dict]) -> dict | None:
     """The result of the most similar run of the same network that was trained; None where there is none."""
     trained = [result for result in made if result["run"]["network"] == run.network and (result.get("training_seconds") or 0) > 0]
     return max(trained, key=lambda result: likeness(run, Run(**result["run"])), default=None)
 
-# %% ../nbs/33_batch.ipynb #c094
+# %% ../nbs/33_batch.ipynb #c100
 def trained_steps(profile: dict, run: Run) -> int:
     """The steps of a run by the profile that its result holds."""
     settings = read_dataclass(NetworkSettings, profile["networks"][run.network], "networks")
     return (settings.tuning(run.acceleration)[run.strategy].at(run.ratio) if run.strategy else settings.teaching(run.acceleration)).steps
 
-# %% ../nbs/33_batch.ipynb #c095
+# %% ../nbs/33_batch.ipynb #c101
 def estimate(run: Run, profile: Profile, made: list[dict], to_train: bool = True) -> tuple[float, bool]:
     """Seconds that a run will take, and whether that rests on a measurement; a teacher that is only loaded takes no step."""
     steps, model = training_of(profile, run).steps if to_train else 0, like(run, made)
@@ -460,17 +460,17 @@ def estimate(run: Run, profile: Profile, made: list[dict], to_train: bool = True
     step = model["training_seconds"] / trained_steps(model["profile"], Run(**model["run"]))
     return model["seconds"] - model["training_seconds"] + steps * step, True
 
-# %% ../nbs/33_batch.ipynb #c099
+# %% ../nbs/33_batch.ipynb #c105
 def uses_gpu(profile: Profile) -> bool:
     """Whether the runs of a profile need a GPU here."""
     return profile.device.startswith("cuda") or (profile.device == "auto" and torch.cuda.is_available())
 
-# %% ../nbs/33_batch.ipynb #c100
+# %% ../nbs/33_batch.ipynb #c106
 def is_there(run: Run, out: Path) -> bool:
     """Whether a run has its result and its weights, whatever made them."""
     return all((run.folder(out) / name).is_file() for name in ("result.json", "network.safetensors"))
 
-# %% ../nbs/33_batch.ipynb #c101
+# %% ../nbs/33_batch.ipynb #c107
 def plan(profile: Profile, out: Path, made_in: Path | None = None) -> pd.DataFrame:
     """A row for each rule: jobs, those that are there, minutes of the others if they ran one after the other, and how many of the estimates rest on measurements in `made_in` (or `out`)."""
     reports, runs, made, rows = paper_reports(profile), paper_runs(profile), read_runs(made_in or out), []
@@ -484,7 +484,7 @@ def plan(profile: Profile, out: Path, made_in: Path | None = None) -> pd.DataFra
     rows.append(("report", len(reports), sum(all((out / name).is_file() for name in report.files) for report in reports.values()), float("nan"), 0))
     return pd.DataFrame(rows, columns=["rule", "jobs", "there", "minutes", "measured"]).set_index("rule")
 
-# %% ../nbs/33_batch.ipynb #c104
+# %% ../nbs/33_batch.ipynb #c110
 def tell_plan(profile: Profile, out: Path, made_in: Path | None = None) -> str:
     """The plan of all tables and figures in words, with the estimate for as many jobs side by side as the profile has, or on one, four and sixteen GPUs.
 
@@ -499,19 +499,19 @@ def tell_plan(profile: Profile, out: Path, made_in: Path | None = None) -> str:
             f"estimate for the runs: {told}; {int(table['measured'].sum())} of {trained} from measured runs, the others guessed. A run counts as done if its files are there. "
             "Time to simulate data and to measure latency comes on top.")
 
-# %% ../nbs/33_batch.ipynb #c107
+# %% ../nbs/33_batch.ipynb #c113
 def memory_mb(run: Run, profile: Profile, made: list[dict]) -> int:
     """Main memory to reserve for a run: half more than the most that one of its network took on a CPU, else a guess."""
     peaks = [result.get("peak_memory_mb", 0) for result in made if result["run"]["network"] == run.network and result["device"].startswith("CPU")]
     guess = GUESSED_MB["gpu" if uses_gpu(profile) else "cpu"]
     return max(guess, round(1.5 * max(peaks, default=0)))
 
-# %% ../nbs/33_batch.ipynb #c108
+# %% ../nbs/33_batch.ipynb #c114
 def minutes_to_reserve(run: Run, profile: Profile, made: list[dict]) -> int:
     """Minutes to reserve for a run: three times the estimate, and ten."""
     return 10 + round(3 * estimate(run, profile, made)[0] / 60)
 
-# %% ../nbs/33_batch.ipynb #c111
+# %% ../nbs/33_batch.ipynb #c117
 def job_resources(out: Path) -> pd.DataFrame:
     """A row for each finished job: rule, job, wall and training time in minutes, peak memory in MB. Runs by their result.json, other jobs by the files below `benchmarks/`."""
     rows = [(Run(**run["run"]).notebook, run["folder"].name, run["seconds"] / 60, run.get("training_seconds", 0) / 60, run.get("peak_memory_mb", float("nan"))) for run in read_runs(out)]
@@ -522,14 +522,14 @@ def job_resources(out: Path) -> pd.DataFrame:
             rows.append((path.parent.name, path.stem, measured["s"] / 60, float("nan"), measured["max_rss"]))
     return pd.DataFrame(rows, columns=["rule", "job", "wall (min)", "training (min)", "peak memory (MB)"])
 
-# %% ../nbs/33_batch.ipynb #c112
+# %% ../nbs/33_batch.ipynb #c118
 def resources_by_rule(jobs: pd.DataFrame) -> pd.DataFrame:
     """Number of jobs, sums of time, and the largest peak of memory, by rule and in all."""
     one = {"jobs": ("job", "count"), "wall (min)": ("wall (min)", "sum"), "longest (min)": ("wall (min)", "max"), "training (min)": ("training (min)", "sum"), "peak memory (MB)": ("peak memory (MB)", "max")}
     table = jobs.groupby("rule", sort=False).agg(**one)
     return pd.concat([table, jobs.assign(rule="all").groupby("rule").agg(**one)])
 
-# %% ../nbs/33_batch.ipynb #c113
+# %% ../nbs/33_batch.ipynb #c119
 def write_resources(out: Path) -> Path:
     """Write resources.csv, a row a job, and resources.md, a row a rule."""
     jobs = job_resources(out)
@@ -538,13 +538,13 @@ def write_resources(out: Path) -> Path:
     caption = "Wall time, time in the training loop (device time, where a GPU is used) and largest peak of memory (the GPU's where one is used), by rule; each job: resources.csv."
     return atomic_write(out / "resources.md", lambda part: part.write_text(to_markdown(printed, caption), encoding="utf-8"))
 
-# %% ../nbs/33_batch.ipynb #c116
+# %% ../nbs/33_batch.ipynb #c122
 def visible_gpus() -> list[str]:
     """Names of the GPUs that this process may use."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [str(number) for number in range(torch.cuda.device_count())] if named is None else [name for name in named.split(",") if name]
 
-# %% ../nbs/33_batch.ipynb #c117
+# %% ../nbs/33_batch.ipynb #c123
 @contextmanager
 def own_gpu(gpus: list[str], folder: str | Path = "", pause: float = 1.0) -> Iterator[str]:
     """Hold one GPU of `gpus` that no other job of this user holds, waiting until there is one; gives its name, or "" where there is none at all or where Slurm has given this job its own.
@@ -566,7 +566,7 @@ def own_gpu(gpus: list[str], folder: str | Path = "", pause: float = 1.0) -> Ite
                 return
         time.sleep(pause)
 
-# %% ../nbs/33_batch.ipynb #c120
+# %% ../nbs/33_batch.ipynb #c126
 def data_job(profile: Profile, acceleration: int, data: str, output: Path) -> None:
     """Simulate the acquisitions, if they are not there, and estimate their coil maps unless `acceleration` is 0; write what is there to `output`."""
     files = acquisition_files(profile, data)
@@ -574,7 +574,7 @@ def data_job(profile: Profile, acceleration: int, data: str, output: Path) -> No
         prepare(profile, next(name for name in MRI_NETWORKS if name in profile.networks), acceleration, data)
     write_json(output, {"acceleration": acceleration, "files": [path.name for path in files], "checksum": data_checksum(files)})
 
-# %% ../nbs/33_batch.ipynb #c121
+# %% ../nbs/33_batch.ipynb #c127
 def notebook_job(notebook: str, output: Path, parameters: str, threads: int = 1, gpus: int = 0) -> int:
     """One papermill call; returns 0, or 1 after printing notebook, parameters and failing cell."""
     job = Job(notebook, notebook_path(notebook), output, yaml.safe_load(parameters))
@@ -586,7 +586,7 @@ def notebook_job(notebook: str, output: Path, parameters: str, threads: int = 1,
         print(f"spade: {outcome}\n  executed so far: {relative(output)}", file=sys.stderr)
     return int(outcome.state == "failed")
 
-# %% ../nbs/33_batch.ipynb #c124
+# %% ../nbs/33_batch.ipynb #c130
 def parser() -> argparse.ArgumentParser:
     """Arguments of `python -m spade.batch`."""
     parser = argparse.ArgumentParser(prog="python -m spade.batch", description="Run the experiment notebooks. All of the paper at once: see Snakefile.")
@@ -605,7 +605,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=0, choices=[0, 1], help="job: 1 to hold a GPU that no other job of this machine has")
     return parser
 
-# %% ../nbs/33_batch.ipynb #c126
+# %% ../nbs/33_batch.ipynb #c132
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
     """Let SIGTERM raise KeyboardInterrupt in the main thread; elsewhere nothing is changed, for Python delivers signals to the main thread alone."""
@@ -621,7 +621,7 @@ def termination_as_interrupt() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/33_batch.ipynb #c129
+# %% ../nbs/33_batch.ipynb #c135
 def carry_out(options: argparse.Namespace, profile: Profile, out: Path) -> int:
     """Do what the command line says; returns the exit code."""
     if options.what == "plan":
@@ -638,7 +638,7 @@ def carry_out(options: argparse.Namespace, profile: Profile, out: Path) -> int:
         return int(any(outcome.state == "failed" for outcome in outcomes))
     return 0
 
-# %% ../nbs/33_batch.ipynb #c130
+# %% ../nbs/33_batch.ipynb #c136
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 0 if every job succeeded, 1 if one failed, 2 for a choice that does not exist."""
     options = parser().parse_args(arguments)
@@ -654,6 +654,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nspade: stopped; the same command goes on from here", file=sys.stderr)
         return 130
 
-# %% ../nbs/33_batch.ipynb #c133
+# %% ../nbs/33_batch.ipynb #c139
 if __name__ == "__main__" and "__file__" in globals():    # as a module, not in this notebook
     sys.exit(main())

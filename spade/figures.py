@@ -204,20 +204,20 @@ def gaps(rows: pd.DataFrame, blocks: Iterable[str]) -> list[str]:
         told += [f"{block} with fewer seeds in {fewer} numbers"] if fewer else []
     return told
 
-
+# %% ../nbs/32_figures.ipynb #c035
 def table_gaps(paths: Iterable[Path], blocks: Iterable[str]) -> list[str]:
     """`gaps` of a table that is stored in one or more files."""
     tables = [pd.read_csv(path.with_suffix(".csv")) for path in paths if path.with_suffix(".csv").is_file()]
     return gaps(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["block"]), blocks)
 
-# %% ../nbs/32_figures.ipynb #c035
+# %% ../nbs/32_figures.ipynb #c038
 def curve_gaps(path: Path) -> list[str]:
     """The networks that a stored Figure 2 lacks."""
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["network", "ratio"])
     there = {(row.network, round(row.ratio, 4)) for row in table.itertuples()}
     return [f"no {LABEL[network]} at {named} %" for network in EVOLVING for ratio, named in NAMED_RATIO.items() if (network, ratio) not in there]
 
-
+# %% ../nbs/32_figures.ipynb #c039
 def picture_gaps(out: Path, network: str) -> list[str]:
     """How many students of one seed a network's figure of pictures lacks, and whether it lacks the teacher."""
     runs = read_runs(out)
@@ -226,7 +226,7 @@ def picture_gaps(out: Path, network: str) -> list[str]:
     missing = sum(Run(network, 6, ratio, strategy, seed=seed).name not in there for strategy in strategies for ratio in NAMED_RATIO if ratio)
     return [*(["no teacher"] if Run(network, 6, seed=seed).name not in there else []), *([f"{missing} student{'s' * (missing > 1)} missing"] if missing else [])]
 
-# %% ../nbs/32_figures.ipynb #c036
+# %% ../nbs/32_figures.ipynb #c040
 #: figure -> acceleration of the table that it draws, or network whose pictures it shows
 DRAWN: dict[str, int] = {"figure_3": 6, "figure_4": 8}
 PICTURED: dict[str, str] = {"figure_5": "usrnet", "figure_6": "deq", "figure_7": "varnet", "figure_8": "e2e-varnet"}
@@ -244,7 +244,7 @@ def lacking(out: Path, stem: str, paths: list[Path]) -> list[str]:
         return curve_gaps(out / "figure_2.csv")
     return picture_gaps(out, PICTURED[stem]) if stem in PICTURED else []
 
-# %% ../nbs/32_figures.ipynb #c038
+# %% ../nbs/32_figures.ipynb #c042
 def made_on(out: str | Path) -> list[str]:
     """Sentences on what the runs of a folder were made on: profile, runs and seeds, device, versions, commits, time."""
     runs = read_runs(out)
@@ -258,7 +258,7 @@ def made_on(out: str | Path) -> list[str]:
             f"Device: {told(run['device'] for run in runs)}. torch {told(run.get('versions', {}).get('torch') for run in runs) or 'unknown'}, commit {told(run.get('commit') for run in runs) or 'unknown'}.",
             f"{sum(run.get('seconds', 0) for run in runs) / 3600:.1f} hours of computing, summed over runs."]
 
-# %% ../nbs/32_figures.ipynb #c039
+# %% ../nbs/32_figures.ipynb #c043
 def index_page(out: str | Path) -> str:
     """Markdown that shows all tables and figures of the folder and names those of the paper that are missing, or not whole and why."""
     out, shown, partial, missing = resolve(out), [], [], []
@@ -277,7 +277,7 @@ def index_page(out: str | Path) -> str:
             *([] if partial or missing else ["- Nothing of the paper is missing."]), ""]
     return "\n".join([*head, *shown])
 
-# %% ../nbs/32_figures.ipynb #c043
+# %% ../nbs/32_figures.ipynb #c047
 def write_index(out: str | Path) -> Path:
     """Write index.md, whole or not at all."""
     text = index_page(out)

@@ -114,9 +114,8 @@ def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
                "--default-resources", "slurm_partition=test", "mem_mb=500", "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"]
     done = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    logs = sorted(path.parent.parent.name for path in (tmp_path / ".snakemake" / "slurm_logs").glob("rule_*/*/*.log"))
     submitted = re.findall(r"Job \d+ has been submitted with SLURM jobid", done.stdout + done.stderr)
-    assert len(submitted) == 3, (logs, done.stderr[-2000:])
+    assert len(submitted) == 3, done.stderr[-2000:]
     result = json.loads((tmp_path / folder / "result.json").read_text())
     assert result["profile"]["name"] == "smoke" and result["means"]["deq psnr"] > 0 and len(list((tmp_path / "data" / "smoke").glob("*.h5"))) == 4
     assert (tmp_path / folder / "network.safetensors").is_file()

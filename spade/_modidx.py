@@ -568,6 +568,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'spade.photos.open_photo': ('photos.html#open_photo', 'spade/photos.py'),
                               'spade.photos.orient': ('photos.html#orient', 'spade/photos.py'),
                               'spade.photos.photo_size': ('photos.html#photo_size', 'spade/photos.py'),
+                              'spade.photos.preimage': ('photos.html#preimage', 'spade/photos.py'),
                               'spade.photos.read_photo': ('photos.html#read_photo', 'spade/photos.py')},
             'spade.profiles': { 'spade.profiles.Data': ('profiles.html#data', 'spade/profiles.py'),
                                 'spade.profiles.Equivariance': ('profiles.html#equivariance', 'spade/profiles.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'EMBEDDED', 'open_photo', 'as_rgb', 'read_photo', 'photo_size', 'find_photos', 'embedded_photos',
            'check_files', 'check_scales', 'check_room', 'check_noise', 'as_kernels', 'check_tile', 'measure', 'collate',
-           'Photographs', 'orient', 'PhotoCrops', 'MeasurementCrops']
+           'Photographs', 'orient', 'PhotoCrops', 'preimage', 'MeasurementCrops']
 
 # %% ../nbs/09_photos.ipynb #c003
 import math
@@ -318,8 +318,17 @@ class PhotoCrops(Dataset):
         return dict(y=y, kernel=kernel[None], scale=scale, noise=noise, x=x, file=self.files[file].name, subject=self.files[file].stem, slice=i)
 
 # %% ../nbs/09_photos.ipynb #c042
+def preimage(
+    y: Tensor,              # `(B, C, h, w)`
+    A: BlurDownsample,
+    weight: float = 1e-4,   # α of the data step: how much of a misfit is left where the blur passes little
+) -> Tensor:                # `(B, C, h * scale, w * scale)`
+    "An image that `A` maps to `y`, as near as that allows to `y` with each pixel repeated. No estimate of the photograph: what `A` does not pass is not restored."
+    return A.proximal(y.repeat_interleave(A.scale, -2).repeat_interleave(A.scale, -1), y, weight)
+
+# %% ../nbs/09_photos.ipynb #c047
 class MeasurementCrops(Dataset):
-    "Random square parts of measurements, without references; item `i` is a function of (seed, i)."
+    "Measurements of random square parts of what other measurements show, without references; item `i` is a function of (seed, i)."
     collate = staticmethod(collate)
 
     def __init__(self,
@@ -327,7 +336,7 @@ class MeasurementCrops(Dataset):
         length: int,              # number of items, e.g. batch size × steps
         crop: int = 96,           # side in pixels of the *reconstruction*, rounded down to a multiple of the scale
         seed: int = 0,
-        remember: int = 256,      # measurements kept in memory
+        remember: int = 256,      # preimages kept in memory
     ):
         if length < 1:
             raise ValueError(f"length must be at least 1 item, found {length}.")
@@ -354,21 +363,24 @@ class MeasurementCrops(Dataset):
         scale = self.source.index[i % len(self.source)][2]
         return scale, self.crop // scale * scale
 
-    def measurement(self, number: int) -> dict[str, Any]:
-        "A whole measurement, from memory if it is among the first that were made."
+    def measurement(self, number: int) -> tuple[dict[str, Any], Tensor]:
+        "A whole measurement without its `y`, and its preimage `(3, H, W)`; from memory if it is among the first that were made."
         if number in self.items:
             return self.items[number]
-        item = self.source[number]
+        item = dict(self.source[number])
+        y = item.pop("y")
+        made = item, preimage(y[None], BlurDownsample(item["kernel"][None], item["scale"]))[0]
         if len(self.items) < self.remember:
-            self.items[number] = item
-        return item
+            self.items[number] = made
+        return made
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < self.length:
             raise IndexError(f"item {i} of {self.length}")
-        item, (_, side, _), generator = self.measurement(i % len(self.source)), self.shape(i), seeded("part", self.seed, i)
-        top, left = (int(torch.randint(extent - side + 1, (), generator=generator)) for extent in item["y"].shape[-2:])
-        return item | {"y": item["y"][:, top:top + side, left:left + side].contiguous()}
+        (item, image), (scale, side), generator = self.measurement(i % len(self.source)), self.bucket(i), seeded("part", self.seed, i)
+        top, left = (scale * int(torch.randint((extent - side) // scale + 1, (), generator=generator)) for extent in image.shape[-2:])
+        part = image[:, top:top + side, left:left + side]
+        return item | {"y": BlurDownsample(item["kernel"][None], scale)(part[None])[0]}  # with the noise of the whole one
 
     def measurements(self) -> "MeasurementCrops":
         "Itself: there are no references to leave out."

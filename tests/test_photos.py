@@ -11,7 +11,8 @@ from scipy.ndimage import convolve
 
 import spade.kernels
 from spade.data import loader
-from spade.photos import (MeasurementCrops, PhotoCrops, Photographs, collate, embedded_photos, find_photos, measure, photo_size, read_photo)
+from spade.operators import BlurDownsample
+from spade.photos import (MeasurementCrops, PhotoCrops, Photographs, collate, embedded_photos, find_photos, measure, photo_size, preimage, read_photo)
 
 KERNELS = spade.kernels.test_kernels(size=9)
 
@@ -250,17 +251,38 @@ def test_crops_take_every_orientation(tmp_path):
     assert len({crops[i]["x"].numpy().tobytes() for i in range(100)}) == 8
 
 
-def test_measurement_crops_are_parts_of_measurements(folder):
-    data = Photographs(find_photos(folder), (2, 3), KERNELS, noise=0.01)
-    crops = MeasurementCrops(data, 32, crop=20)
+def test_a_preimage_is_measured_as_its_measurement():
+    x = torch.rand(2, 3, 36, 48)
+    for scale in (1, 2, 3):
+        A = BlurDownsample(KERNELS[0], scale)
+        y = A(x)
+        image = preimage(y, A)
+        assert image.shape == x.shape and (A(image) - y).abs().mean() < 2e-3
+        assert torch.allclose(A(preimage(y, A, weight=1e-8)), y, atol=1e-3)
+
+
+def test_measurement_crops_show_parts_of_measurements(folder):
+    """Away from the rim, half a kernel wide, a crop's measurement is a window of the whole one; and it is the circular measurement of an image, rim included."""
+    data = Photographs(find_photos(folder), (2, 3), KERNELS)
+    crops = MeasurementCrops(data, 32, crop=24)
     for i in range(32):
-        item, whole = crops[i], data[i % 8]["y"]
-        side = 20 // item["scale"]
-        windows = whole.unfold(1, side, 1).unfold(2, side, 1)
+        item, whole = crops[i], data[i % 8]
+        scale, rim = item["scale"], -(-(KERNELS.shape[-1] // 2) // item["scale"])
+        side = 24 // scale
         assert "x" not in item and item["y"].shape == crops.shape(i) == (3, side, side)
-        assert (windows == item["y"][:, None, None]).all(dim=-1).all(dim=-1).all(dim=0).any()
-    assert torch.equal(crops[9]["y"], MeasurementCrops(data, 32, crop=20, remember=0)[9]["y"])
+        windows = whole["y"].unfold(1, side, 1).unfold(2, side, 1)
+        inside = (windows - item["y"][:, None, None])[..., rim:-rim, rim:-rim].abs().amax(dim=(0, 3, 4))
+        assert inside.min() < 0.01
+        A = BlurDownsample(item["kernel"][None], scale)
+        assert (A(preimage(item["y"][None], A)) - item["y"]).abs().mean() < 1e-3
+    assert torch.equal(crops[9]["y"], MeasurementCrops(data, 32, crop=24, remember=0)[9]["y"])
     assert len({crops[i]["y"].numpy().tobytes() for i in range(0, 32, 8)}) > 1 and crops.measurements() is crops
+
+
+def test_measurement_crops_keep_the_noise(folder):
+    data, clean = (Photographs(find_photos(folder), (2,), KERNELS, noise=noise) for noise in (0.02, 0.0))
+    noisy, still = (torch.stack([MeasurementCrops(of, 32, crop=24)[i]["y"] for i in range(32)]) for of in (data, clean))
+    assert 0.01 < (noisy - still).std() < 0.03 and all(MeasurementCrops(data, 4, crop=24)[i]["noise"] == 0.02 for i in range(4))
 
 
 def test_training_accepts_the_three(folder):

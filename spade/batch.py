@@ -595,7 +595,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", default="varnet", help=f"demo: one of {', '.join(NETWORKS)}")
     parser.add_argument("--profile", default="demo", help=f"one of {', '.join(profile_names())}")
     parser.add_argument("--acceleration", type=int, default=6, help="R: every R-th line is measured (CS-MRI)")
-    parser.add_argument("--data", default="", help="folder of HDF5 acquisitions, or of test photographs, in place of the profile's")
+    parser.add_argument("--data", default="", help="folder of HDF5 acquisitions (simulated ones go there), or of test photographs, in place of the profile's")
     parser.add_argument("--out", default="", help="folder for results, outputs/PROFILE by default")
     parser.add_argument("--measured", default="", help="plan: folder of results whose times tell what runs will take, --out by default")
     parser.add_argument("--notebook", default="", help="job: name of an experiment notebook")

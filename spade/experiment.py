@@ -101,7 +101,7 @@ class Run:
 def acquisition_files(profile: Profile, data: str = "", progress: bool = True) -> list[Path]:
     """The profile's HDF5 files, simulated where the profile says so and they are not there yet.
 
-    Raises FileNotFoundError where measured files are expected and there are none, ValueError for a profile without acquisitions.
+    Raises FileNotFoundError where measured files are expected and there are none, ValueError for a profile without acquisitions, or one that simulates them where other files lie.
     """
     if profile.data is None:
         raise ValueError(f"the profile {profile.name!r} has no section data, which the networks of CS-MRI need")
@@ -110,7 +110,12 @@ def acquisition_files(profile: Profile, data: str = "", progress: bool = True) -
         return find_files(folder, profile.data.acquisition or None)
     settings = dict(shape=simulation.shape, num_coils=simulation.coils, snr=simulation.snr, seed=simulation.seed, progress=progress)
     images = resolve(simulation.images) if simulation.images else None
-    return phantom.simulate(folder, sum(profile.data.subjects), simulation.slices, images=images, **settings)
+    name = images.stem if images else "demo"
+    others = [path.name for path in sorted(folder.glob("*.h5")) if not path.name.startswith(f"{name}_")]
+    if others:
+        raise ValueError(f"{folder} holds {others[0]}, which is none of the acquisitions that the profile {profile.name!r} simulates; expected an empty folder, "
+                         "or for measured acquisitions a profile without data.simulation, such as 'paper'")
+    return phantom.simulate(folder, sum(profile.data.subjects), simulation.slices, images=images, name=name, **settings)
 
 # %% ../nbs/26_experiment.ipynb #c014
 def slice_datasets(profile: Profile, run: Run, data: str = "", progress: bool = True) -> dict[str, MultiCoilSlices]:

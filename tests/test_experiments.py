@@ -421,3 +421,10 @@ def test_the_command_line_ends_with_130_when_it_is_terminated(tmp_path):
     _, errors = batch.communicate(timeout=60)
     assert batch.returncode == 130 and "goes on from here" in errors, errors
     assert family and not psutil.wait_procs(family, timeout=10)[1]
+
+
+def test_simulated_acquisitions_do_not_go_among_measured_ones(tmp_path):
+    (tmp_path / "scan.h5").write_bytes(b"a scanner's")
+    with pytest.raises(ValueError, match=r"holds scan.h5, which is none of the acquisitions that the profile 'smoke' simulates; .* without data.simulation"):
+        acquisition_files(load_profile("smoke"), str(tmp_path), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.h5"]

@@ -30,6 +30,7 @@ demo: $(VENV)/.installed
 
 # Goes on after a failing job; the index then shows what there is. Run it again and only what is missing or changed is done.
 paper: $(VENV)/.installed-batch
+	@test -f config/$(PROFILE).yaml || { echo "spade: unknown profile '$(PROFILE)': choose one of $(basename $(notdir $(wildcard config/*.yaml)))" >&2; exit 2; }
 	@done=0; $(BIN)/snakemake $(TARGETS) --configfile config/$(PROFILE).yaml --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete --quiet rules $(ARGUMENTS) || done=$$?; \
 	$(if $(filter -n --dry-run --dryrun,$(ARGUMENTS)),,$(BIN)/python -m spade.batch index --profile $(PROFILE);) exit $$done
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'PRUNABLE', 'FOLLOWING', 'Prior', 'Member', 'evaluating', 'ready_to_trace', 'dependency_graph',
            'members_of', 'filter_l1', 'group_l1', 'width_after', 'LayerGroup', 'PruningReport', 'count_parameters',
-           'layer_macs', 'count_macs', 'check_group_norms', 'plan', 'prune_prior', 'as_triple', 'find_priors', 'prune',
-           'fan_in_ratio', 'cut_to_widths', 'randomize']
+           'layer_macs', 'count_macs', 'check_group_norms', 'layer_width', 'plan', 'output_shape', 'prune_prior',
+           'as_triple', 'find_priors', 'shared_parameters', 'prune', 'fan_in_ratio', 'cut_to_widths', 'randomize']
 
 # %% ../nbs/20_pruning.ipynb #c003
 import copy
@@ -103,6 +103,8 @@ def filter_l1(member: Member) -> Tensor | None:
     weight = getattr(member.module, "weight", None)
     if weight is None:  # a norm without affine parameters, an activation, a concatenation
         return None
+    if isinstance(member.module, nn.PReLU) and member.module.num_parameters == 1:  # one number for all channels
+        return None
     axis = 1 if member.side == "in" else 0
     if getattr(member.module, "transposed", False):  # ConvTranspose stores (in, out, ...) instead of (out, in, ...)
         axis = 1 - axis
@@ -154,7 +156,7 @@ class PruningReport:
     "What one call of `prune` did."
     ratio: float  # the pre-defined ratio
     groups: list[LayerGroup] = field(default_factory=list)
-    parameters_before: int = 0  # trainable parameters of the whole model
+    parameters_before: int = 0  # of the whole model
     parameters_after: int = 0
     macs_before: int = 0  # multiply-accumulates of one pass through each prior, on its example input
     macs_after: int = 0
@@ -172,8 +174,8 @@ class PruningReport:
 
 # %% ../nbs/20_pruning.ipynb #c052
 def count_parameters(model: nn.Module) -> int:
-    "The number of trainable parameters, each shared one counted once."
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    "The number of parameters, frozen or not, each shared one counted once."
+    return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/20_pruning.ipynb #c054
 def layer_macs(layer: nn.Module, into: Tensor, out: Tensor) -> int:
@@ -210,6 +212,11 @@ def check_group_norms(names: dict[nn.Module, str], lost: dict[nn.Module, set[int
             raise ValueError(f"ratio {ratio:g} would leave {left} of the {norm.num_channels} channels of layer {names[norm]!r}, which its {norm.num_groups} groups "
                              "cannot share evenly; choose another ratio or keep the layer before it")
 
+# %% ../nbs/20_pruning.ipynb #c061b
+def layer_width(layer: nn.Module) -> int:
+    "Output channels of a convolution, output features of a linear layer."
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
 # %% ../nbs/20_pruning.ipynb #c063
 def plan(module: nn.Module, graph: tp.DependencyGraph, keep: Sequence[nn.Module], ratio: float, prefix: str = ""
          ) -> list[tuple[tp.dependency.Group, LayerGroup]]:
@@ -219,8 +226,7 @@ def plan(module: nn.Module, graph: tp.DependencyGraph, keep: Sequence[nn.Module]
         members = members_of(group, graph, names)
         root, width = members[0], len(group[0].idxs)
         for m in members:  # e.g. a concatenation added to something: its halves cannot be ranked apart
-            if (m.side != "in" and isinstance(m.module, PRUNABLE)
-                    and len(m.channels) != m.module.weight.shape[1 if getattr(m.module, "transposed", False) else 0]):
+            if m.side != "in" and isinstance(m.module, PRUNABLE) and len(m.channels) != layer_width(m.module):
                 raise ValueError(f"layer {m.name!r} shares only {len(m.channels)} of its channels with {root.name!r}; "
                                  "name one of the two among the layers to keep")
         after = width_after(width, ratio)
@@ -237,19 +243,30 @@ def plan(module: nn.Module, graph: tp.DependencyGraph, keep: Sequence[nn.Module]
     check_group_norms(names, lost, ratio)
     return chosen
 
+# %% ../nbs/20_pruning.ipynb #c067b
+def output_shape(module: nn.Module, example: tuple[Tensor, ...]) -> torch.Size:
+    "Shape of what a CNN makes of its example input; raises `TypeError` for more than one tensor."
+    with evaluating(module), torch.no_grad():
+        output = module(*example)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"a {type(module).__name__} named in priors returns a {type(output).__name__}, expected a CNN that returns one tensor")
+    return output.shape
+
 # %% ../nbs/20_pruning.ipynb #c069
 def prune_prior(module: nn.Module, example: tuple[Tensor, ...], keep: Sequence[nn.Module], ratio: float, prefix: str = "") -> list[LayerGroup]:
-    "Prune one CNN in place and say what went; raises if its output changes shape."
-    with evaluating(module), torch.no_grad():
-        shape = module(*example).shape
+    "Prune one CNN in place and say what went; raises if its output changes shape, or if it does not run any more."
+    shape, name = output_shape(module, example), prefix.rstrip(".") or type(module).__name__
     with ready_to_trace(module):
         chosen = plan(module, dependency_graph(module, example), keep, ratio, prefix)
         for group, layer_group in chosen:
             group.prune(list(layer_group.removed))
-    with evaluating(module), torch.no_grad():
-        after = module(*example).shape
+    try:
+        after = output_shape(module, example)
+    except RuntimeError as error:
+        raise ValueError(f"{name} does not run any more once it is cut; name the layer whose channels must stay among the layers to keep. "
+                         f"PyTorch says: {str(error).splitlines()[0]}") from error
     if after != shape:
-        raise ValueError(f"pruning changes the output of {prefix or type(module).__name__} from {tuple(shape)} to {tuple(after)}; "
+        raise ValueError(f"pruning changes the output of {name} from {tuple(shape)} to {tuple(after)}; "
                          "name its last layer among the layers to keep")
     return [layer_group for _, layer_group in chosen]
 
@@ -291,7 +308,21 @@ def find_priors(teacher: nn.Module, priors: Iterable[Prior] | None) -> list[tupl
         found[module] = (names[module], module, tuple(e.to(weight.device) for e in example), [layer for m in keep for layer in m.modules()])
     if not found:
         raise ValueError(f"{type(teacher).__name__} names no CNN to prune: its list of priors is empty")
+    first = {}
+    for module in found:
+        for layer in module.modules():
+            if first.setdefault(layer, module) is not module:
+                raise ValueError(f"the priors {names[first[layer]]!r} and {names[module]!r} share layers, which would be cut twice; name one CNN that holds them")
     return list(found.values())
+
+# %% ../nbs/20_pruning.ipynb #c079b
+def shared_parameters(model: nn.Module) -> dict[str, str]:
+    "Of each parameter that goes by several names: its later names, and the first that each stands for."
+    first, shared = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            shared[name] = first[id(parameter)]
+    return shared
 
 # %% ../nbs/20_pruning.ipynb #c081
 def prune(
@@ -303,7 +334,7 @@ def prune(
 
     Raises `ValueError` for a ratio outside (0, 1) or one that would empty a layer or leave a GroupNorm uneven, for a CNN or layer that is no part of
     `teacher`, for a list without CNNs, and for a CNN that cannot be cut: a layer hidden from the trace or grouped but not depthwise, or an output that
-    would change its shape because its last layer is not kept. Raises `TypeError` for a teacher without `priors()` where none are passed, and for
+    would change its shape because its last layer is not kept; for CNNs that share layers, and for layers that share one parameter. Raises `TypeError` for a teacher without `priors()` where none are passed, and for
     priors that are no triples of a module, tensors and modules."""
     if not isinstance(ratio, Real) or not 0 < ratio < 1:
         raise ValueError(f"ratio is {ratio!r}, expected a number between 0 and 1, both excluded (the paper's are 0.05, 0.10, 0.20, 0.40)")
@@ -316,6 +347,9 @@ def prune(
         report.macs_before += count_macs(module, *example)
         report.groups += prune_prior(module, example, [copies[id(m)] for m in keep], ratio, f"{name}." if name else "")
         report.macs_after += count_macs(module, *example)
+    for name, other in shared_parameters(teacher).items():
+        if name not in shared_parameters(student):
+            raise ValueError(f"{name!r} and {other!r} are one parameter of two layers, which pruning would part; use one layer twice, or keep both layers")
     report.parameters_after = count_parameters(student)
     student.pruning_report = report
     return student

@@ -306,6 +306,70 @@ def test_in_place_activations_hide_nothing():
     assert students[0].pruning_report.groups == students[1].pruning_report.groups
 
 
+def chain(*between: nn.Module) -> tuple[nn.Sequential, list]:
+    "A convolution, layers behind it, and a last convolution that is kept."
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *between, nn.Conv2d(8, 3, 3, padding=1)).eval()
+    return cnn, [(cnn, torch.randn(1, 3, 16, 16), [cnn[-1]])]
+
+
+def test_an_activation_with_one_weight_for_all_channels(tmp_path):
+    cnn, named = chain(nn.PReLU())
+    student = prune(cnn, 0.25, named)
+    assert (student[0].out_channels, student[1].weight.numel()) == (6, 1)
+    expected = (cnn[0].weight.double().abs().sum((1, 2, 3)) + cnn[2].weight.double().abs().sum((0, 2, 3))) / 2
+    assert torch.allclose(torch.tensor(student.pruning_report.groups[0].scores), expected.float())  # the activation is no filter
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(load(save(student, tmp_path / "student"), cnn)(x), student(x))
+
+
+def test_depthwise_transposed_convolution():
+    cnn, named = chain(nn.ConvTranspose2d(8, 8, 2, stride=2, groups=8))
+    student = prune(cnn, 0.25, named)
+    (group,) = student.pruning_report.groups
+    stays = [k for k in range(8) if k not in group.removed]
+    assert student[1].groups == student[1].out_channels == 6 and torch.equal(student[1].weight, cnn[1].weight[stays])
+    sums = (cnn[0].weight.double().abs().sum((1, 2, 3)), cnn[1].weight.double().abs().sum((1, 2, 3)), cnn[2].weight.double().abs().sum((0, 2, 3)))
+    assert torch.allclose(torch.tensor(group.scores), (sum(sums) / 3).float())
+
+
+def test_report_of_a_frozen_network(net):
+    student = prune(net.requires_grad_(False), 0.40, priors(net))
+    assert student.pruning_report.parameters_before == sum(p.numel() for p in net.parameters()) and "parameters" in str(student.pruning_report)
+
+
+def test_cnns_that_share_layers_are_not_cut_twice(net):
+    inside = nn.Sequential(net.inner, net.outer)
+    net.inside = inside
+    with pytest.raises(ValueError, match="share layers, which would be cut twice"):
+        prune(net, 0.25, [*priors(net), (inside, torch.randn(1, 10, 8, 8), [inside[1]])])
+
+
+def test_one_parameter_of_two_layers_is_not_parted():
+    cnn, named = chain(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    cnn[4].weight = cnn[2].weight
+    with pytest.raises(ValueError, match="'4.weight' and '2.weight' are one parameter of two layers"):
+        prune(cnn, 0.25, named)
+    used_twice = nn.Sequential(cnn[0], cnn[2], nn.ReLU(), cnn[2], cnn[6])
+    student = prune(used_twice, 0.25, [(used_twice, named[0][1], [cnn[6]])])
+    assert student[1] is student[3] and student[1].out_channels == 6
+
+
+def test_a_cnn_of_several_outputs_is_refused(net):
+    class Pair(Skips):
+        def forward(self, x):
+            return x, super().forward(x)
+    pair = Pair()
+    with pytest.raises(TypeError, match="a Pair named in priors returns a tuple, expected a CNN that returns one tensor"):
+        prune(pair, 0.25, priors(pair))
+
+
+def test_what_breaks_by_the_cut_is_one_sentence():
+    cnn, named = chain(nn.LayerNorm([8, 16, 16]))
+    with pytest.raises(ValueError, match="Sequential does not run any more once it is cut; name the layer"):
+        prune(cnn, 0.25, named)
+
+
 def test_random_start_has_the_widths_and_the_initial_scalars():
     student = prune(DEQ(features=16, num_blocks=1), 0.40)
     with torch.no_grad():

@@ -218,9 +218,10 @@ def check_files(files: Sequence[str | Path]) -> list[Path]:
     "The files as a list of paths. Raises `TypeError` for a folder in place of its files, `ValueError` if there is none."
     if isinstance(files, (str, Path)):
         raise TypeError(f"files must be a list of HDF5 files, found {str(files)!r}; of a folder, pass find_files(folder).")
-    if not len(files):
+    files = [Path(path) for path in files]
+    if not files:
         raise ValueError("files must name at least one HDF5 file, found 0 files.")
-    return [Path(path) for path in files]
+    return files
 
 
 def check_espirit(settings: dict[str, Any]) -> None:

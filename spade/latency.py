@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .operators import BlurDownsample, MultiCoilMRI, normalize_maps
-from .pruning import evaluating
+from .metrics import evaluating
 from .sampling import equispaced_mask
 
 # %% ../nbs/24_latency.ipynb #c007

@@ -6,13 +6,17 @@
 __all__ = ['Loss', 'LOSSES', 'ALLOWED_SETTINGS', 'STRATEGIES', 'as_real', 'smooth_l1', 'squared_error', 'l1', 'window_mean',
            'ssim_map', 'magnitude', 'ssim_loss', 'ssim_l1_loss', 'default_loss', 'supervised_loss', 'school_loss',
            'data_fidelity', 'rotate', 'rotate_right', 'draw_quarters', 'mirror', 'draw_rotation', 'model_operator',
-           'equivariance', 'self_supervised_loss', 'Strategy', 'Supervised', 'weights_key', 'School', 'SelfSupervised',
-           'as_loss', 'make_strategy']
+           'equivariance', 'self_supervised_loss', 'Strategy', 'loss_name', 'Supervised', 'weights_key',
+           'network_settings', 'School', 'SelfSupervised', 'as_loss', 'make_strategy']
 
 # %% ../nbs/21_losses.ipynb #c003
 import copy
+import json
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -207,6 +211,19 @@ class Strategy:
         "Move whatever the strategy computes with."
         return self
 
+# %% ../nbs/21_losses.ipynb #c097b
+def loss_name(loss: Loss) -> str:
+    "A name for a distance: the same in another process, and another for another function."
+    if isinstance(loss, partial):
+        given = [*map(repr, loss.args), *(f"{name}={value!r}" for name, value in loss.keywords.items())]
+        return f"{loss_name(loss.func)}({', '.join(given)})"
+    if getattr(loss, "__name__", "") == "<lambda>":
+        code = loss.__code__
+        constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
+        return f"<lambda> {content_key(code.co_code.hex(), *map(repr, (code.co_names, constants)))}"
+    shown = type(loss).__qualname__ if type(loss).__repr__ is object.__repr__ else " ".join(repr(loss).split())
+    return getattr(loss, "__name__", shown)
+
 # %% ../nbs/21_losses.ipynb #c099
 class Supervised(Strategy):
     "Eq. 7; the only strategy that reads the ground truth."
@@ -222,13 +239,19 @@ class Supervised(Strategy):
         return supervised_loss(model, batch.y, batch.A, batch.x, self.loss)
 
     def settings(self) -> dict[str, Any]:
-        return {"strategy": self.name, "loss": self.loss.__name__}
+        return {"strategy": self.name, "loss": loss_name(self.loss)}
 
 # %% ../nbs/21_losses.ipynb #c101
 def weights_key(weights: nn.Module | dict[str, Tensor]) -> str:
     "Sixteen hexadecimal digits that change when any weight, name or width of a model, or of its state dict, does."
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     return content_key(*(part for name in sorted(state) for part in (name, state[name])))
+
+
+def network_settings(model: nn.Module) -> dict[str, Any]:
+    "What `model.config()` says, as JSON; empty for a network without one."
+    config = getattr(model, "config", None)
+    return json.loads(json.dumps(config(), default=lambda value: type(value).__name__)) if callable(config) else {}
 
 # %% ../nbs/21_losses.ipynb #c105
 class School(Strategy):
@@ -255,7 +278,7 @@ class School(Strategy):
         return school_loss(model, batch.y, batch.A, self.answer(batch.y, batch.A), self.loss)
 
     def settings(self) -> dict[str, Any]:
-        return {"strategy": self.name, "loss": self.loss.__name__, "teacher": weights_key(self.teacher)}
+        return {"strategy": self.name, "loss": loss_name(self.loss), "teacher": weights_key(self.teacher), "teacher_settings": network_settings(self.teacher)}
 
     def to(self, device: torch.device) -> "School":
         self.teacher.to(device)
@@ -317,5 +340,6 @@ def make_strategy(
     if teacher is None:
         raise ValueError("strategy 'school' needs teacher=, the network before pruning; without one use 'self-supervised'")
     if not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher is {teacher!r}, expected the network before pruning; spade.load(path) reads one from a file")
+        found = repr(str(teacher)) if isinstance(teacher, (str, Path)) else f"a {type(teacher).__name__}"
+        raise TypeError(f"teacher is {found}, expected the network before pruning; spade.load(path) reads one from a file")
     return School(teacher, loss, **settings)

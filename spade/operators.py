@@ -289,8 +289,9 @@ class BlurDownsample(LinearOperator):
 
     def spectrum(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         "$\\hat k$ and the folded $|\\hat k|^2$, computed once for each image size (H, W)."
-        if self.spectra.get("of") is not self.kernel:  # first use, or the kernel has moved
-            self.spectra = {"of": self.kernel}
+        version = None if self.kernel.is_inference() else self.kernel._version  # counts changes in place, as by load_state_dict
+        if self.spectra.get("of") is not self.kernel or self.spectra["version"] != version:  # first use, or another kernel
+            self.spectra = {"of": self.kernel, "version": version}
         if shape not in self.spectra:
             with torch.inference_mode(False):  # what is kept may be needed where gradients are
                 full = kernel_spectrum(self.kernel, shape)

@@ -101,9 +101,10 @@ def check_files(files: Sequence[str | Path]) -> list[Path]:
     "The files as a list of paths. Raises `TypeError` for a folder in place of its files, `ValueError` if there is none."
     if isinstance(files, (str, Path)):
         raise TypeError(f"files must be a list of image files, found {str(files)!r}; of a folder, pass find_photos(folder).")
+    files = [Path(path) for path in files]
     if not files:
         raise ValueError("files must hold at least one image file, found none.")
-    return [Path(path) for path in files]
+    return files
 
 
 def check_scales(scales: Sequence[int] | int) -> tuple[int, ...]:
@@ -380,7 +381,7 @@ class MeasurementCrops(Dataset):
         (item, image), (scale, side), generator = self.measurement(i % len(self.source)), self.bucket(i), seeded("part", self.seed, i)
         top, left = (scale * int(torch.randint((extent - side) // scale + 1, (), generator=generator)) for extent in image.shape[-2:])
         part = image[:, top:top + side, left:left + side]
-        return item | {"y": BlurDownsample(item["kernel"][None], scale)(part[None])[0]}  # with the noise of the whole one
+        return item | {"y": BlurDownsample(item["kernel"][None], scale)(part[None])[0]}  # its noise, if any, is what the preimage kept of it
 
     def measurements(self) -> "MeasurementCrops":
         "Itself: there are no references to leave out."

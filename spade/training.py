@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'LONGEST_INTERVAL', 'STRATEGY_SETTINGS', 'check_number', 'Settings', 'make_settings', 'learning_rate_at',
-           'derived_seed', 'own_randomness', 'move', 'as_batch', 'check_data', 'as_loader', 'epoch_batches', 'stream',
-           'Loop', 'TrainingLog', 'optimizer_tensors', 'part', 'restore_optimizer', 'read_state', 'fingerprint',
-           'check_same_run', 'Run', 'StopRequest', 'new_accelerator', 'count_steps', 'checkpoint_interval', 'train',
-           'finetune']
+           'derived_seed', 'own_randomness', 'move', 'as_batch', 'check_data', 'as_loader', 'seeded_batches',
+           'epoch_batches', 'stream', 'Loop', 'TrainingLog', 'optimizer_tensors', 'part', 'restore_optimizer',
+           'read_state', 'fingerprint', 'check_same_run', 'Run', 'StopRequest', 'new_accelerator', 'batches_per_epoch',
+           'count_steps', 'checkpoint_interval', 'train', 'finetune']
 
 # %% ../nbs/22_training.ipynb #c004
 import hashlib
@@ -16,9 +16,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from .files import atomic_write
 from .data import Batch, loader
-from .losses import ALLOWED_SETTINGS, Strategy, default_loss, make_strategy, weights_key
+from .losses import ALLOWED_SETTINGS, Strategy, default_loss, make_strategy, network_settings, weights_key
 from .models import DivergenceError
 from .operators import on_device
 
@@ -163,42 +164,48 @@ def as_loader(data: Dataset | Iterable, settings: Settings) -> Iterable:
                         "add them, or pass a DataLoader that yields batches (y, A, x, info)")
     return data
 
+# %% ../nbs/22_training.ipynb #c037b
+def seeded_batches(data: Iterable, seed: int, epoch: int, numbers: Iterable[int]) -> Iterator:
+    "The batches of `data`, whose numbers in the epoch are `numbers`, each with a seed of its own."
+    torch.manual_seed(derived_seed(seed, "epoch", epoch))
+    batches = iter(data)
+    for number in numbers:
+        torch.manual_seed(derived_seed(seed, "batch", epoch, number))
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+
 # %% ../nbs/22_training.ipynb #c039
 def epoch_batches(data: Iterable, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator:
     "The batches of one epoch from number `start` on, for process `rank` of `world`, in an order that (seed, epoch) determines."
     if callable(getattr(getattr(data, "batch_sampler", None), "set_epoch", None)):
         data.batch_sampler.set_epoch(epoch)
         order = list(data.batch_sampler)
-        order = order[:len(order) // world * world]  # every process gets as many
-        yield from DataLoader(data.dataset, batch_sampler=order[start * world + rank::world],
-                              collate_fn=data.collate_fn, num_workers=data.num_workers)
+        mine = range(len(order) // world * world)[start * world + rank::world]  # every process gets as many
+        part = DataLoader(data.dataset, batch_sampler=[order[number] for number in mine], collate_fn=data.collate_fn, num_workers=data.num_workers)
+        yield from seeded_batches(part, seed, epoch, mine)
         return
-    batches, number = iter(data), 0
-    while True:
-        torch.manual_seed(derived_seed(seed, "batch", epoch, number))
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
+    for number, batch in enumerate(seeded_batches(data, seed, epoch, count())):
         if number % world == rank:
             mine = batch
         if number >= start * world and number % world == world - 1:  # as above: every process gets as many
             yield mine
-        number += 1
 
 # %% ../nbs/22_training.ipynb #c043
 def stream(data: Iterable, first: int, per_epoch: int | None, seed: int, rank: int = 0, world: int = 1) -> Iterator:
     "Batches without end from number `first` of the run on, epoch after epoch."
-    epoch, start = divmod(first, per_epoch) if per_epoch else (0, first)
+    epoch, start = divmod(first, per_epoch) if per_epoch else (0, 0)
+    unread = 0 if per_epoch else first  # without a length, only reading tells where an epoch ends
     while True:
-        empty = True
-        for batch in epoch_batches(data, seed, epoch, start, rank, world):
-            empty = False
-            yield batch
-        if empty:
+        number = 0
+        for number, batch in enumerate(epoch_batches(data, seed, epoch, start, rank, world), 1):
+            if number > unread:
+                yield batch
+        if number == 0:
             raise ValueError(f"data gave no batch in epoch {epoch + 1}; "
                              "expected a dataset, a DataLoader or a list of batches, which can be read more than once")
-        epoch, start = epoch + 1, 0
+        epoch, start, unread = epoch + 1, 0, max(unread - number, 0)
 
 # %% ../nbs/22_training.ipynb #c047
 class Loop:
@@ -213,6 +220,7 @@ class Loop:
         self.adam = torch.optim.Adam(self.parameters)
         self.optimizer = accelerator.prepare(self.adam)
         self.good = [p.detach().clone() for p in self.parameters]  # the last weights that gave a finite loss
+        self.good_buffers = [b.clone() for b in model.buffers()]   # e.g. the statistics of a batch norm, which learn in the forward pass
 
     def loss_of(self, batch: Any, step: int, number: int) -> Tensor:
         "The loss of one batch; a strategy never gets a ground truth that it does not need."
@@ -251,6 +259,7 @@ class Loop:
         if not torch.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips such an update by itself
             self.stop(batches, step, learning_rate, f"the gradient is not finite (loss {loss:.3g})")
         torch._foreach_copy_(self.good, [p.detach() for p in self.parameters])
+        self.good_buffers = [b.clone() for b in self.model.buffers()]
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -260,6 +269,9 @@ class Loop:
         "Put the last good weights back and say what happened: `ValueError` if the data are to blame."
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.good)
+            for buffer, good in zip(self.model.buffers(), self.good_buffers):
+                if buffer.shape == good.shape:  # a network may keep what depends on the batch
+                    buffer.copy_(good)
         for batch in map(as_batch, batches):
             reference = batch.x if self.strategy.needs_ground_truth else None
             for name, tensor in (("measurement y", batch.y), ("reference x", reference)):
@@ -330,14 +342,14 @@ def fingerprint(model: nn.Module, strategy: Strategy, settings: Settings, steps:
     "What must be equal for a run to be continued, as JSON."
     names = ["learning_rate", "schedule", "warmup", "clip", "batch_size", "accumulate", "mixed_precision", "seed", "keep_best"]
     shape = {} if settings.schedule == "constant" else {"steps": steps}  # a cosine depends on where it ends
-    return {"network": type(model).__name__, "weights": weights_key(model), "batches_per_epoch": per_epoch, "processes": world,
+    return {"network": type(model).__name__, "network_settings": network_settings(model), "weights": weights_key(model), "batches_per_epoch": per_epoch, "processes": world,
             **{name: getattr(settings, name) for name in names}, **shape, **strategy.settings()}
 
 # %% ../nbs/22_training.ipynb #c073
-def check_same_run(path: Path, found: dict, expected: dict, weights_now: str) -> None:
-    "Refuse to continue a run that was started with other settings or weights; `weights_now` is the key of those in the file."
+def check_same_run(path: Path, found: dict, expected: dict, weights_now: Collection[str]) -> None:
+    "Refuse to continue a run that was started with other settings or weights; `weights_now` are the keys of those in the file, the last and the best."
     changes = [f"{k} was {found.get(k)!r} and is now {expected[k]!r}" for k in expected if k != "weights" and found.get(k) != expected[k]]
-    if not changes and expected["weights"] not in (found["weights"], weights_now):
+    if not changes and expected["weights"] not in (found["weights"], *weights_now):
         changes = [f"it began with other weights of {expected['network']}"]
     if changes:
         raise ValueError(f"{path} belongs to another run: {', '.join(changes)}; "
@@ -367,23 +379,27 @@ class Run:
     def resume(self) -> None:
         "Take up the run in the file; raises if it is another one."
         tensors, about = read_state(self.path)
-        model, weights = self.loop.model, part(tensors, "model")
-        check_same_run(self.path, about["settings"], self.identity, weights_key(weights))
+        model, weights, best = self.loop.model, part(tensors, "model"), part(tensors, "best")
+        check_same_run(self.path, about["settings"], self.identity, [weights_key(w) for w in (weights, best) if w])
         self.identity["weights"] = about["settings"]["weights"]
         model.load_state_dict(weights)
         restore_optimizer(self.loop.adam, part(tensors, "optimizer"))
         if self.loop.accelerator.scaler is not None and about["scaler"]:
             self.loop.accelerator.scaler.load_state_dict(about["scaler"])
-        self.best, self.log = part(tensors, "best") or None, TrainingLog(**about["log"])
+        self.best, self.log = best or None, TrainingLog(**about["log"])
         self.log.validation, self.log.resumed_at = [tuple(pair) for pair in self.log.validation], self.log.steps
         torch._foreach_copy_(self.loop.good, [p.detach() for p in self.loop.parameters])
+        self.loop.good_buffers = [b.clone() for b in model.buffers()]
 
     def validate(self, score: Callable[[nn.Module], float]) -> None:
         "Ask for the validation score, and keep the weights if it is the best so far."
         model, log = self.loop.model.eval(), self.log
         with torch.no_grad():
-            log.validation.append((log.steps, float(score(model))))
+            value = float(score(model))
         model.train()
+        if math.isnan(value):
+            raise ValueError(f"validate gave NaN after step {log.steps}, expected a number; larger is better")
+        log.validation.append((log.steps, value))
         if log.validation[-1][1] >= max(value for _, value in log.validation):
             log.best_step = log.steps
             self.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()} if self.loop.settings.keep_best else None
@@ -414,6 +430,14 @@ def new_accelerator(mixed_precision: str) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision)
+
+# %% ../nbs/22_training.ipynb #c083a
+def batches_per_epoch(data: Iterable, world: int) -> int | None:
+    "Batches of an epoch for each of `world` processes; None where `data` do not know their length."
+    try:
+        return len(data) // world
+    except TypeError:  # an iterable without a length, or a DataLoader over one
+        return None
 
 # %% ../nbs/22_training.ipynb #c084
 def count_steps(settings: Settings, per_epoch: int | None) -> int:
@@ -452,34 +476,40 @@ def train(
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is {model!r:.60}, expected a network; spade.load(path) reads one from a file")
     chosen = make_settings(**settings)
+    if chosen.keep_best and validate is None:
+        raise ValueError("keep_best=True needs validate=, a function from the model to a score; without one no weights are best")
     accelerator, data = new_accelerator(chosen.mixed_precision), as_loader(data, chosen)
     rank, world = accelerator.process_index, accelerator.num_processes
-    per_epoch = len(data) // world if hasattr(data, "__len__") else None
+    per_epoch = batches_per_epoch(data, world)
     steps, interval = count_steps(chosen, per_epoch), checkpoint_interval(chosen, per_epoch)
     identity = fingerprint(model, strategy, chosen, steps, per_epoch, world)
     run = Run(Loop(model, strategy, accelerator, chosen), identity, chosen.folder)
     log = run.log
+    if log.steps > steps:
+        raise ValueError(f"{run.path} holds a run of {log.steps} updates, expected at least as many steps, found {steps}")
     bar = tqdm(total=steps, initial=log.steps, desc=strategy.name, disable=not (chosen.progress and accelerator.is_main_process))
-    with own_randomness(), StopRequest() as stop, bar:
-        batches = stream(data, log.steps * chosen.accumulate, per_epoch, chosen.seed, rank, world)
-        model.train()
-        while log.steps < steps:
-            began, rate = time.perf_counter(), learning_rate_at(log.steps, steps, chosen)
-            loss = run.loop.update([next(batches) for _ in range(chosen.accumulate)], log.steps, rate)
-            log.append(loss, rate, time.perf_counter() - began)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
-            last = log.steps == steps
-            if validate is not None and (last or log.steps % chosen.validate_every == 0):
-                run.validate(validate)
-            if last or stop.requested or log.steps % interval == 0:
-                run.save()
-            if stop.requested and not last:
-                raise KeyboardInterrupt(f"stopped after step {log.steps} of {steps}"
-                                        + (f"; call again with folder={str(chosen.folder)!r} to go on" if chosen.folder else ""))
+    try:
+        with own_randomness(), StopRequest() as stop, bar:
+            batches = stream(data, log.steps * chosen.accumulate, per_epoch, chosen.seed, rank, world)
+            model.train()
+            while log.steps < steps:
+                began, rate = time.perf_counter(), learning_rate_at(log.steps, steps, chosen)
+                loss = run.loop.update([next(batches) for _ in range(chosen.accumulate)], log.steps, rate)
+                log.append(loss, rate, time.perf_counter() - began)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
+                last = log.steps == steps
+                if validate is not None and (last or log.steps % chosen.validate_every == 0):
+                    run.validate(validate)
+                if last or stop.requested or log.steps % interval == 0:
+                    run.save()
+                if stop.requested and not last:
+                    raise KeyboardInterrupt(f"stopped after step {log.steps} of {steps}"
+                                            + (f"; call again with folder={str(chosen.folder)!r} to go on" if chosen.folder else ""))
+    finally:
+        model.eval()
     if run.best is not None:
         model.load_state_dict(run.best)
-    model.eval()
     return log
 
 # %% ../nbs/22_training.ipynb #c104

@@ -300,6 +300,7 @@ def test_settings_are_refused_when_the_dataset_is_made(files, settings, error, s
 def test_no_files_is_no_dataset(files):
     with pytest.raises(ValueError, match="files must name at least one HDF5 file, found 0 files"):
         MultiCoilSlices([])
+    assert len(MultiCoilSlices(path for path in files)) == len(MultiCoilSlices(files))
 
 
 def test_a_file_with_its_own_mask_does_not_ask_for_sampling_settings(files, tmp_path):

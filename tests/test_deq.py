@@ -315,3 +315,8 @@ def test_restart_is_the_start_of_the_class(gain):
         model.restart()
         assert (model.denoiser(noise) - gain * noise).norm() < .15 * noise.norm()
     assert len(others) == 8 and all(torch.equal(model.state_dict()[name], value) for name, value in others.items())
+
+
+def test_a_memory_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="memory must be at least 1 iterate, found 0"):
+        fixed_point(lambda x: 0.5 * x, torch.ones(1, 2), memory=0)

@@ -1,6 +1,7 @@
 """The losses: zero at the optimum, gradients, blindness to the ground truth, and the operator that each network believes in."""
 import copy
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from spade.losses import (STRATEGIES, ALLOWED_SETTINGS, data_fidelity, default_loss, draw_rotation, equivariance, l1, make_strategy, rotate, rotate_right, self_supervised_loss,
+from spade.losses import (STRATEGIES, ALLOWED_SETTINGS, data_fidelity, default_loss, draw_rotation, equivariance, l1, loss_name, make_strategy, rotate, rotate_right, self_supervised_loss,
                           smooth_l1, squared_error, ssim_l1_loss, ssim_loss)
 from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
@@ -372,3 +373,12 @@ def test_a_teacher_is_a_network_and_a_loss_a_function():
         make_strategy("school", teacher="teacher.safetensors")
     with pytest.raises(TypeError, match="loss is 3, expected a function of two images or one of smooth_l1, ssim"):
         make_strategy("supervised", loss=3)
+
+
+def test_a_loss_has_the_same_name_in_another_process():
+    class Weighted:
+        def __call__(self, x_hat, x):
+            return 2 * l1(x_hat, x)
+    assert [loss_name(loss) for loss in (l1, nn.MSELoss(), Weighted(), partial(ssim_l1_loss, weight=0.5))] == [
+        "l1", "MSELoss()", Weighted.__qualname__, "ssim_l1_loss(weight=0.5)"]
+    assert loss_name(lambda a, b: (lambda c: c)(a - b)) == loss_name(lambda a, b: (lambda c: c)(a - b))  # no addresses in it

@@ -174,3 +174,16 @@ def test_evaluate_says_the_scale_of_photographs():
         x_hat, x = (2 * batch.A.adjoint(batch.y))[i].double().clamp(0, 1).numpy(), batch.x[i].double().numpy()
         assert row.psnr == pytest.approx(peak_signal_noise_ratio(x, x_hat, data_range=1), abs=1e-6)
         assert row.ssim == pytest.approx(structural_similarity(x, x_hat, data_range=1, channel_axis=0), abs=1e-9)
+
+
+def test_evaluate_puts_back_the_mode_of_each_layer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop = nn.BatchNorm2d(1).eval(), nn.Dropout()
+        def forward(self, y, A):
+            assert not (self.training or self.drop.training)
+            return A.adjoint(y)
+    net = Net()
+    evaluate(net, [batch_of(torch.randn(1, 1, 9, 8, dtype=torch.complex64))], progress=False)
+    assert net.training and net.drop.training and not net.norm.training

@@ -411,3 +411,11 @@ def test_super_resolution_that_does_not_fit_is_refused(make, message):
 def test_complex_super_resolution_is_refused(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+def test_a_kernel_that_is_loaded_in_place_is_used():
+    x = torch.rand(1, 3, 12, 12)
+    old, new = (BlurDownsample(kernel, 2) for kernel in (torch.full((3, 3), 1 / 9), torch.eye(3) / 3))
+    old(x)
+    old.load_state_dict(new.state_dict())
+    assert torch.equal(old(x), new(x))

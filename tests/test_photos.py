@@ -190,6 +190,7 @@ def test_workers_change_nothing(folder):
 @pytest.mark.parametrize("make, error, message", (
     (lambda files: Photographs(files[0]), TypeError, "files must be a list of image files"),
     (lambda files: Photographs([]), ValueError, "at least one image file"),
+    (lambda files: Photographs(iter([])), ValueError, "at least one image file"),
     (lambda files: Photographs(files, (2,), spade.kernels.test_kernels(size=51)), ValueError, "photo0.png has 40×50 pixels, smaller than"),
     (lambda files: Photographs(files, tile=45), ValueError, "photo0.png has 40×50 pixels, smaller than the 45×45 of the tile"),
     (lambda files: Photographs(files, tile=20), ValueError, "tile must be at least 26 pixels, for the largest kernel and scale, found 20"),

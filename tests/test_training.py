@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import spade.training
-from spade.losses import Strategy, make_strategy
+from spade.losses import Strategy, l1, make_strategy, ssim_l1_loss
 from spade.models import DEQ, DivergenceError, E2EVarNet, VarNet
 from spade.operators import MultiCoilMRI, normalize_maps
 from spade.pruning import prune
@@ -548,3 +549,123 @@ def test_a_batch_stays_where_it_is_when_it_is_moved():
     assert moved.y.is_meta and moved.A.maps.is_meta and moved.A is not batch.A and moved.info == batch.info
     assert not batch.y.is_meta and not batch.A.maps.is_meta and not batch.A.mask.is_meta and torch.equal(batch.A(batch.x), batch.y)
     assert move(batch, torch.device("cpu")).A is batch.A
+
+
+def test_order_of_a_loader_with_workers_is_the_seeds():
+    def order(caller):
+        torch.manual_seed(caller)
+        with own_randomness():
+            return [batch.info["number"] for batch in epoch_batches(DataLoader(Slices(), shuffle=True, collate_fn=collate, num_workers=1), 0, 0)]
+    assert order(1) == order(99) and sorted(map(tuple, order(1))) == [(number,) for number in range(5)]
+
+
+class Noisy(Slices):
+    """A dataset with bucket and collate, whose items draw from torch's generator."""
+    def __getitem__(self, i):
+        return item(i) | {"x": torch.randn(1, 16, 16, dtype=torch.complex64)}
+
+    def bucket(self, i):
+        return (16, 16)
+
+    def collate(self, items):
+        return collate(items)
+
+
+def test_items_that_draw_resume_bit_by_bit(tmp_path):
+    undisturbed = fitted(8, data=Noisy())
+    fitted(3, data=Noisy(), folder=tmp_path)
+    torch.manual_seed(99)
+    assert torch.equal(fitted(8, data=Noisy(), folder=tmp_path), undisturbed)
+
+
+class Unmeasured:
+    """Batches that can be read again and again, of unknown number."""
+    def __iter__(self):
+        return iter(batches(3))
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(batches(3))
+
+
+@pytest.mark.parametrize("data", [Unmeasured(), DataLoader(Endless(), batch_size=None)])
+def test_data_without_a_length_resume_past_their_first_pass(tmp_path, data):
+    undisturbed = fitted(9, data=data)
+    fitted(7, data=data, folder=tmp_path)
+    assert torch.equal(fitted(9, data=data, folder=tmp_path), undisturbed)
+    with pytest.raises(ValueError, match="epochs needs data whose length is known"):
+        fit(tiny(), None, data=data, epochs=2)
+
+
+def test_the_same_call_again_returns_the_best_weights_again(tmp_path):
+    def run(model, steps):
+        scores = iter([1.0, 3.0, 2.0, 1.0])
+        log = fit(model, steps, folder=tmp_path, validate=lambda m: next(scores), validate_every=1, keep_best=True)
+        return log, weights(model)
+    model = tiny()
+    log, best = run(model, 3)
+    assert log.best_step == 2 and not torch.equal(best, fitted(3))
+    again, same = run(model, 3)
+    assert again.resumed_at == 3 and torch.equal(same, best)
+    assert run(model, 4)[0].steps == 4
+
+
+def test_settings_of_the_network_itself_belong_to_the_run(tmp_path):
+    def deq(**settings):
+        torch.manual_seed(0)
+        return DEQ(features=4, num_blocks=1, **settings)
+    fit(deq(max_iterations=3), 1, folder=tmp_path)
+    with pytest.raises(ValueError, match="network_settings was"):
+        fit(deq(max_iterations=2), 2, folder=tmp_path)
+    fit(deq(max_iterations=3), 2, folder=tmp_path)
+
+
+def test_another_unnamed_loss_is_another_run(tmp_path):
+    def run(loss, steps):
+        return finetune(tiny(), batches(), "supervised", loss=loss, steps=steps, folder=tmp_path, progress=False)
+    run(lambda a, b: l1(a, b), 1)
+    with pytest.raises(ValueError, match="loss was '<lambda>"):
+        run(lambda a, b: 1e3 * l1(a, b), 2)
+    assert run(lambda a, b: l1(a, b), 2).resumed_at == 1
+
+
+@pytest.mark.parametrize("loss", [partial(ssim_l1_loss, weight=0.5), lambda a, b: (a - b).abs().mean()])
+def test_any_function_is_a_loss(loss):
+    assert finetune(tiny(), batches(), "supervised", loss=loss, steps=1, progress=False).steps == 1
+
+
+def test_fewer_steps_than_were_done_are_refused(tmp_path):
+    fit(tiny(), 6, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"training.safetensors holds a run of 6 updates, expected at least as many steps, found 3"):
+        fit(tiny(), 3, folder=tmp_path)
+
+
+def test_a_score_there_is_none_of():
+    with pytest.raises(ValueError, match="keep_best=True needs validate="):
+        fit(tiny(), 2, keep_best=True)
+    with pytest.raises(ValueError, match="validate gave NaN after step 1"):
+        fit(tiny(), 2, validate=lambda model: math.nan, validate_every=1)
+
+
+class Normed(TinyCNN):
+    def __init__(self):
+        super().__init__()
+        self.cnn.insert(1, nn.BatchNorm2d(8))
+
+
+def test_statistics_come_back_with_the_weights():
+    good, bad = batches(2)
+    model = Normed()
+    with pytest.raises(ValueError, match="measurement y is not finite"):
+        fit(model, 2, data=[good, bad._replace(y=bad.y * math.nan)])
+    assert not model.training and all(buffer.isfinite().all() for buffer in model.buffers()) and model(good.y, good.A).isfinite().all()
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "jacobian-free"])
+def test_a_reference_that_is_not_finite_is_blamed_by_every_gradient(gradient):
+    (batch,) = batches(1)
+    broken = batch.x.clone()
+    broken[0, 0, 3, 3] = math.nan
+    with pytest.raises(ValueError, match="the reference x is not finite"):
+        fit(DEQ(features=4, num_blocks=1, max_iterations=3, gradient=gradient), 1, data=[batch._replace(x=broken)])

@@ -97,6 +97,7 @@ def fixed_point(
     ) -> tuple[Tensor, Tensor, Trace]: # the last iterate x, T(x), the record
     "Search x = T(x) for each image of a batch; raises `DivergenceError` if an image runs away, `ValueError` for a start that is not finite."
     if max_iterations < 1: raise ValueError(f"max_iterations must be at least 1, found {max_iterations}.")
+    if memory < 1: raise ValueError(f"memory must be at least 1 iterate, found {memory}.")
     if not bool(start.isfinite().all()): raise ValueError("the fixed-point search starts from an image that is not finite: check the measurement for NaN and infinity.")
     x, active, trace = start, None, Trace()
     xs, gs = [], []
@@ -136,6 +137,7 @@ def attach_gradient(
 
     def solve(loss_gradient: Tensor) -> Tensor:
         "u = Jᵀu + ∇ℓ; a step is a vector–Jacobian product."
+        if not loss_gradient.isfinite().all(): return loss_gradient  # there is nothing to solve; the training loop judges loss and gradient
         def adjoint_step(u: Tensor) -> Tensor:
             return torch.autograd.grad(answer, point, u, retain_graph=True)[0] + loss_gradient
         advice = "gradient='jacobian-free' instead of eq. 4, or a smaller learning rate: this was the backward pass"

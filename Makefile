@@ -32,7 +32,7 @@ demo: $(VENV)/.installed
 paper: $(VENV)/.installed-batch
 	@test -f config/$(PROFILE).yaml || { echo "spade: unknown profile '$(PROFILE)': choose one of $(basename $(notdir $(wildcard config/*.yaml)))" >&2; exit 2; }
 	@done=0; $(BIN)/snakemake $(TARGETS) --configfile config/$(PROFILE).yaml --cores $(CORES) --resources gpu=$(GPUS) --keep-going --rerun-incomplete --quiet rules $(ARGUMENTS) || done=$$?; \
-	$(if $(filter -n --dry-run --dryrun,$(ARGUMENTS)),,$(BIN)/python -m spade.batch index --profile $(PROFILE);) exit $$done
+	$(if $(filter -n --dry-run --dryrun,$(ARGUMENTS)),,$(BIN)/python -m spade.batch index --profile $(PROFILE) $(patsubst results=%,--out %,$(filter results=%,$(ARGUMENTS)));) exit $$done
 
 plan: $(VENV)/.installed-batch
 	$(BIN)/python -m spade.batch plan --profile $(PROFILE)

@@ -12,19 +12,20 @@
 # What a job executed is in its notebook: runs/RUN/run.ipynb, latency/NETWORK.ipynb, notebooks/REPORT.ipynb. These are declared as logs, since Snakemake removes the outputs of
 # a job that failed, but keeps its logs. The training state in runs/RUN/state is no output either: a job that was killed goes on from it.
 import sys
-from dataclasses import fields
 from pathlib import Path
+
+import yaml
 
 sys.path.insert(0, workflow.basedir)      # spade of this checkout
 from snakemake.exceptions import WorkflowError
 
 from spade import batch
 from spade.files import content_key
-from spade.profiles import Profile, as_plain, load_profile, resolve
+from spade.profiles import as_plain, load_profile, resolve
 
 workdir: workflow.basedir
 
-#: what --config may say besides the keys of a profile
+#: what --config may say
 SETTINGS = ("results", "acquisitions", "partial")
 
 
@@ -35,9 +36,14 @@ def read_profile():
     path = Path(workflow.configfiles[-1]).resolve()
     if path.parent != resolve("config").resolve():
         raise WorkflowError(f"{path} is not in {resolve('config')}: put your profile there, since the notebooks look for it by its name")
-    for name in config:
-        if name not in SETTINGS and name not in {part.name for part in fields(Profile)}:
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name, value in config.items():
+        if name in written and value != written[name]:
+            raise WorkflowError(f"--config cannot change {name!r} of a profile, which the notebooks read themselves: change {path.name}, or a copy of it in {path.parent}")
+        if name not in SETTINGS and name not in written:
             raise WorkflowError(f"unknown setting {name!r} in --config: choose one of {', '.join(SETTINGS)}")
+    if str(config.get("partial", False)).lower() not in ("true", "false"):
+        raise WorkflowError(f"--config partial is {config['partial']!r}, expected true or false")
     try:
         return load_profile(path.stem)
     except ValueError as error:
@@ -55,8 +61,14 @@ PYTHON = f"{sys.executable} -m spade.batch"
 CALL = f"{PYTHON} job --profile {PROFILE.name} --notebook {{params.notebook}} --output {{log.notebook:q}} --threads {{params.threads}} --gpus {{params.gpus}} --parameters {{params.parameters:q}}"
 
 if workflow.is_main_process and (workflow.dryrun or not workflow.touch):
-    print(batch.tell_plan(PROFILE, resolve(OUT)), file=sys.stderr)
+    print(batch.tell_plan(PROFILE, resolve(OUT), data=DATA), file=sys.stderr)
 
+
+# Files whose times tell whether a result is of today's settings and code; written now, since Snakemake soon notes what is there.
+SETTINGS_OF = {} if PARTIAL else {
+    **{name: batch.relative(batch.run_settings(run, PROFILE, resolve(OUT), "" if run.super_resolution else DATA)) for name, run in RUNS.items()},
+    **{network: batch.relative(batch.latency_settings(network, PROFILE, resolve(OUT))) for network in PROFILE.networks},
+}
 
 wildcard_constraints:
     run=r"[\w.-]+",
@@ -114,6 +126,7 @@ if not PARTIAL:
             name: RULE
             wildcard_constraints: run=NAMES
             input:
+                settings=lambda wildcards: SETTINGS_OF[wildcards.run],
                 maps=lambda wildcards: maps_of(wildcards.run),
                 teacher=lambda wildcards: [f"{OUT}/runs/{RUNS[wildcards.run].teacher.name}/network.safetensors"] if RUNS[wildcards.run].strategy else [],
             output: [f"{OUT}/runs/{{run}}/{name}" for name in ("result.json", "network.safetensors", "metrics.csv", "images.npz")]
@@ -124,7 +137,6 @@ if not PARTIAL:
                 parameters=lambda wildcards: batch.yaml.safe_dump(job_of(wildcards.run).parameters, default_flow_style=True, width=10**6).strip(),
                 threads=PROFILE.threads,
                 gpus=len(GPU),
-                key=lambda wildcards: batch.settings_key(RUNS[wildcards.run], PROFILE),
             threads: PROFILE.threads
             resources:
                 mem_mb=lambda wildcards: batch.memory_mb(RUNS[wildcards.run], PROFILE, MADE),
@@ -134,6 +146,7 @@ if not PARTIAL:
 
 
     rule latency:
+        input: lambda wildcards: SETTINGS_OF[wildcards.network]
         output: f"{OUT}/latency/{{network}}.json"
         log: notebook=f"{OUT}/latency/{{network}}.ipynb"
         benchmark: f"{OUT}/benchmarks/latency/{{network}}.tsv"
@@ -149,9 +162,24 @@ if not PARTIAL:
 
 
 def needed(report):
-    """The files that a report reads; with partial=true, those of them that are there."""
-    paths = [f"{OUT}/runs/{run.name}/{name}" for run in report.runs for name in report.reads] + [f"{OUT}/latency/{network}.json" for network in report.timed]
+    """The files that a report reads, and the weights of its runs, without which a clone's results would pass for made; with partial=true, those of them that are there."""
+    reads = report.reads if PARTIAL else sorted({*report.reads, "network.safetensors"})
+    paths = [f"{OUT}/runs/{run.name}/{name}" for run in report.runs for name in reads] + [f"{OUT}/latency/{network}.json" for network in report.timed]
     return [path for path in paths if not PARTIAL or resolve(path).is_file()]
+
+
+def is_finished(report):
+    """Whether partial=true must leave a figure as it is: it is there, and the weights or pictures that it was drawn from are not. Snakemake would remove it first."""
+    drawn_from = [run for run in report.runs if bool(run.strategy) == (report.name == "figure_2")]      # students' weights, or the teacher's picture
+    return set(report.reads) != {"result.json"} and all(resolve(f"{OUT}/{name}").is_file() for name in report.files) and not any(
+        all((run.folder(OUT) / name).is_file() for name in report.reads) for run in drawn_from)
+
+
+if PARTIAL:
+    FINISHED = [name for name, report in REPORTS.items() if is_finished(report)]
+    REPORTS = {name: report for name, report in REPORTS.items() if name not in FINISHED}
+    if FINISHED and workflow.is_main_process:
+        print(f"{', '.join(FINISHED)} of {OUT} stays: what it was drawn from is not there", file=sys.stderr)
 
 
 #: Figure 2 lets the networks reconstruct, and notes the time of each iteration

@@ -7,10 +7,11 @@ __all__ = ['QUIET', 'REPORTS', 'PHOTO_REPORTS', 'REPORTING', 'GUESS', 'GUESSED_R
            'environment', 'name_cell', 'begun_cells', 'failing_cell', 'last_cell', 'Outcome', 'end', 'Processes',
            'drop_bars', 'run_job', 'run_jobs', 'watch', 'students', 'demo_students', 'job_of', 'prepare',
            'photo_reports', 'report_jobs', 'latency_job', 'ready_teacher', 'demo', 'tell', 'Report', 'report_files',
-           'block', 'mri_reports', 'paper_reports', 'paper_runs', 'known_code_key', 'settings_key', 'report_key',
-           'likeness', 'like', 'trained_steps', 'estimate', 'uses_gpu', 'is_there', 'plan', 'tell_plan', 'memory_mb',
-           'minutes_to_reserve', 'job_resources', 'resources_by_rule', 'write_resources', 'visible_gpus', 'own_gpu',
-           'data_job', 'notebook_job', 'parser', 'termination_as_interrupt', 'carry_out', 'main']
+           'block', 'mri_reports', 'paper_reports', 'paper_runs', 'is_there', 'settings_file', 'run_settings',
+           'latency_settings', 'report_key', 'likeness', 'like', 'trained_steps', 'estimate', 'uses_gpu', 'plan',
+           'tell_plan', 'memory_mb', 'minutes_to_reserve', 'job_resources', 'resources_by_rule', 'write_resources',
+           'visible_gpus', 'own_gpu', 'data_job', 'notebook_job', 'parser', 'termination_as_interrupt', 'carry_out',
+           'main']
 
 # %% ../nbs/33_batch.ipynb #c003
 import argparse
@@ -26,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from .experiment import (Run, acquisition_files, checksum, code_cells, code_key, data_checksum, datasets, find_teacher, first_weights, is_complete, known_checksum, notebook_path, run_key,
-                              settings_of, shipped_teacher, training_of, use_device, without_comments, write_csv)
-from .files import atomic_write, content_key, write_json
+from .experiment import (Run, acquisition_files, checksum, code_cells, data_checksum, datasets, find_teacher, first_weights, is_complete, known_code_key, latency_key, notebook_path, run_key,
+                              settings_key, shipped_teacher, training_of, use_device, without_comments, write_csv)
+from .files import atomic_write, content_key, read_json, write_json
 from .models import NETWORKS
 from .paper import TABLE_ACCELERATION
 from .profiles import NetworkSettings, Profile, choose, load_profile, profile_names, project_root, read_dataclass, resolve
@@ -410,18 +410,38 @@ def paper_runs(profile: Profile) -> dict[str, Run]:
 #: modules from which a report is made
 REPORTING: tuple[str, ...] = ("report", "figures", "paper")
 
-
-@lru_cache(maxsize=None)
-def known_code_key(notebook: str) -> str:
-    """`code_key` of a notebook, read once."""
-    return code_key(notebook)
+# %% ../nbs/33_batch.ipynb #c106
+def is_there(run: Run, profile: Profile, out: Path, data: str = "") -> bool:
+    """Whether a run has its weights and a result that was made by these settings and this code."""
+    try:
+        return (run.folder(out) / "network.safetensors").is_file() and read_json(run.folder(out) / "result.json").get("settings_key") == settings_key(run, profile, data)
+    except (FileNotFoundError, ValueError):
+        return False
 
 # %% ../nbs/33_batch.ipynb #c094
-def settings_key(run: Run, profile: Profile) -> str:
-    """Key of what a run is made by, as far as it is known before the data and its teacher's run are there: settings, code, and the weights that ship or are published."""
-    published = profile.networks[run.network].published
-    ready = [] if run.strategy else [first_weights(run, profile), shipped_teacher(run, profile), resolve(published) if published else None]
-    return content_key(settings_of(run, profile), published, known_code_key(run.notebook), [known_checksum(path) for path in ready if path and path.is_file()])
+def settings_file(name: str, key: str, made: bool, out: Path) -> Path:
+    """A file that holds the key of a result's settings; it is old if the result was `made` by them, and else younger than the result."""
+    path = resolve(".snakemake") / "settings" / content_key(str(out)) / f"{name}.txt"
+    if not path.is_file() or path.read_text(encoding="utf-8") != key:
+        atomic_write(path, lambda part: part.write_text(key, encoding="utf-8"))
+        if made:
+            os.utime(path, (86400, 86400))
+    return path
+
+
+def run_settings(run: Run, profile: Profile, out: Path, data: str = "") -> Path:
+    """The `settings_file` of a run."""
+    return settings_file(run.name, settings_key(run, profile, data), is_there(run, profile, out, data), out)
+
+
+def latency_settings(network: str, profile: Profile, out: Path) -> Path:
+    """The `settings_file` of a measurement of time."""
+    path = out / "latency" / f"{network}.json"
+    try:
+        key = latency_key(network, profile)
+    except ValueError:          # such a device is not here: on a cluster's login node, what its nodes have measured counts
+        return settings_file(f"latency-{network}", "elsewhere", path.is_file(), out)
+    return settings_file(f"latency-{network}", key, path.is_file() and read_json(path).get("key") == key, out)
 
 # %% ../nbs/33_batch.ipynb #c095
 def report_key(report: Report) -> str:
@@ -465,18 +485,13 @@ def uses_gpu(profile: Profile) -> bool:
     """Whether the runs of a profile need a GPU here."""
     return profile.device.startswith("cuda") or (profile.device == "auto" and torch.cuda.is_available())
 
-# %% ../nbs/33_batch.ipynb #c106
-def is_there(run: Run, out: Path) -> bool:
-    """Whether a run has its result and its weights, whatever made them."""
-    return all((run.folder(out) / name).is_file() for name in ("result.json", "network.safetensors"))
-
 # %% ../nbs/33_batch.ipynb #c107
-def plan(profile: Profile, out: Path, made_in: Path | None = None) -> pd.DataFrame:
+def plan(profile: Profile, out: Path, made_in: Path | None = None, data: str = "") -> pd.DataFrame:
     """A row for each rule: jobs, those that are there, minutes of the others if they ran one after the other, and how many of the estimates rest on measurements in `made_in` (or `out`)."""
     reports, runs, made, rows = paper_reports(profile), paper_runs(profile), read_runs(made_in or out), []
     for rule in ("pretrain", "finetune"):
         of_rule = [run for run in runs.values() if run.notebook == rule]
-        left = [run for run in of_rule if not is_there(run, out)]
+        left = [run for run in of_rule if not is_there(run, profile, out, "" if run.super_resolution else data)]
         told = [estimate(run, profile, made, bool(run.strategy or not ready_teacher(run, profile))) for run in left]
         rows.append((rule, len(of_rule), len(of_rule) - len(left), sum(seconds for seconds, _ in told) / 60, sum(measured for _, measured in told)))
     timed = {network for report in reports.values() for network in report.timed}
@@ -485,18 +500,18 @@ def plan(profile: Profile, out: Path, made_in: Path | None = None) -> pd.DataFra
     return pd.DataFrame(rows, columns=["rule", "jobs", "there", "minutes", "measured"]).set_index("rule")
 
 # %% ../nbs/33_batch.ipynb #c110
-def tell_plan(profile: Profile, out: Path, made_in: Path | None = None) -> str:
+def tell_plan(profile: Profile, out: Path, made_in: Path | None = None, data: str = "") -> str:
     """The plan of all tables and figures in words, with the estimate for as many jobs side by side as the profile has, or on one, four and sixteen GPUs.
 
     Estimates come from the results in `made_in`; by default in `out`, or if that is empty in the profile's usual folder.
     """
-    table = plan(profile, out, made_in or (out if read_runs(out) else resolve(f"outputs/{profile.name}")))
+    table = plan(profile, out, made_in or (out if read_runs(out) else resolve(f"outputs/{profile.name}")), data)
     left, minutes = int((table["jobs"] - table["there"]).sum()), table["minutes"].sum()
     trained = int((table["jobs"] - table["there"])[["pretrain", "finetune"]].sum())
     counts = [1, 4, 16] if uses_gpu(profile) else [profile.workers]
     told = ", ".join(f"{minutes / 60 / count:.1f} h on {count} GPU{'s' * (count > 1)}" if uses_gpu(profile) else f"{minutes / count:.0f} min with {count} side by side" for count in counts)
     return (f"{profile.name}, all tables and figures: {int(table['jobs'].sum())} jobs, {left} to do ({', '.join(f'{rule} {count}' for rule, count in (table['jobs'] - table['there']).items())})\n"
-            f"estimate for the runs: {told}; {int(table['measured'].sum())} of {trained} from measured runs, the others guessed. A run counts as done if its files are there. "
+            f"estimate for the runs: {told}; {int(table['measured'].sum())} of {trained} from measured runs, the others guessed. A run counts as done if its files are there and were made by these settings and this code. "
             "Time to simulate data and to measure latency comes on top.")
 
 # %% ../nbs/33_batch.ipynb #c113
@@ -513,14 +528,21 @@ def minutes_to_reserve(run: Run, profile: Profile, made: list[dict]) -> int:
 
 # %% ../nbs/33_batch.ipynb #c117
 def job_resources(out: Path) -> pd.DataFrame:
-    """A row for each finished job: rule, job, wall and training time in minutes, peak memory in MB. Runs by their result.json, other jobs by the files below `benchmarks/`."""
+    """A row for each finished job: rule, job, wall and training time in minutes, peak memory in MB. 
+
+    Runs by their result.json, other jobs by the files below `benchmarks/`, which stay on the machine that wrote them, and else by the resources.csv of before.
+    """
+    columns = ["rule", "job", "wall (min)", "training (min)", "peak memory (MB)"]
     rows = [(Run(**run["run"]).notebook, run["folder"].name, run["seconds"] / 60, run.get("training_seconds", 0) / 60, run.get("peak_memory_mb", float("nan"))) for run in read_runs(out)]
     known = {row[1] for row in rows}
     for path in sorted((out / "benchmarks").glob("*/*.tsv")):
         if path.stem not in known:
             measured = pd.read_csv(path, sep="\t", na_values="NA").iloc[0]
             rows.append((path.parent.name, path.stem, measured["s"] / 60, float("nan"), measured["max_rss"]))
-    return pd.DataFrame(rows, columns=["rule", "job", "wall (min)", "training (min)", "peak memory (MB)"])
+    noted = pd.read_csv(out / "resources.csv") if (out / "resources.csv").is_file() else pd.DataFrame(columns=columns)
+    known = {row[1] for row in rows}
+    rows += [row for row in noted[columns].itertuples(index=False, name=None) if row[1] not in known and row[0] not in ("pretrain", "finetune")]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/33_batch.ipynb #c118
 def resources_by_rule(jobs: pd.DataFrame) -> pd.DataFrame:
@@ -547,17 +569,18 @@ def visible_gpus() -> list[str]:
 # %% ../nbs/33_batch.ipynb #c123
 @contextmanager
 def own_gpu(gpus: list[str], folder: str | Path = "", pause: float = 1.0) -> Iterator[str]:
-    """Hold one GPU of `gpus` that no other job of this user holds, waiting until there is one; gives its name, or "" where there is none at all or where Slurm has given this job its own.
+    """Hold one GPU of `gpus` that no other job of this user holds, waiting until there is one; gives its name, or "" where there is none at all or where Slurm has given this job just one.
 
     The locks lie in `folder`, by default the system's for temporary files.
     """
-    if not gpus or "SLURM_JOB_ID" in os.environ:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not gpus or (job and len(gpus) == 1):
         yield ""
         return
     folder = folder or tempfile.gettempdir()
     while True:
         for name in gpus:
-            with (Path(folder) / f"spade-gpu-{os.getuid()}-{name}.lock").open("a") as file:
+            with (Path(folder) / f"spade-gpu-{os.getuid()}-{job}{name}.lock").open("a") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

@@ -8,10 +8,10 @@ __all__ = ['MOST_CROPS', 'TEACHERS', 'NOT_IN_KEY', 'READ_BY_ALL', 'CRITERION', '
            'photo_datasets', 'datasets', 'training_set', 'before_set', 'files_of', 'measurement_facts', 'baselines',
            'validation_psnr', 'build_network', 'shipped_teacher', 'named_teacher', 'find_teacher', 'first_weights',
            'load_teacher', 'loop_settings', 'strategy_settings', 'use_device', 'notebook_path', 'without_comments',
-           'code_cells', 'code_key', 'data_files', 'settings_of', 'run_key', 'tidy', 'write_csv', 'displayable',
-           'write_images', 'picture_numbers', 'picture_batches', 'picture_images', 'training_curve', 'summarize',
-           'write_result', 'copy_checkpoint', 'clear_state', 'peak_memory_mb', 'is_complete', 'latency_networks',
-           'latency_key']
+           'code_cells', 'code_key', 'data_files', 'settings_of', 'run_key', 'known_code_key', 'settings_key', 'tidy',
+           'write_csv', 'displayable', 'write_images', 'picture_numbers', 'picture_batches', 'picture_images',
+           'training_curve', 'summarize', 'write_result', 'copy_checkpoint', 'clear_state', 'peak_memory_mb',
+           'is_complete', 'latency_networks', 'latency_key']
 
 # %% ../nbs/26_experiment.ipynb #c003
 import ast
@@ -37,11 +37,12 @@ from .baselines import bicubic, cg_sense, tune_cg_sense, zero_filled
 from .data import Batch, MultiCoilSlices, find_files, loader, split_subjects
 from .files import atomic_write, content_key, read_json, write_json
 from .kernels import read_kernels, test_kernels
+from .latency import device_name
 from .losses import STRATEGIES
 from .metrics import evaluate
 from .models import NETWORKS, USRNet, build
 from .photos import MeasurementCrops, PhotoCrops, Photographs, embedded_photos, find_photos
-from .profiles import (PHOTO_NETWORKS, STARTS, Photos, Profile, Training, as_plain, choose, describe_device, pick_device, project_root,
+from .profiles import (PHOTO_NETWORKS, STARTS, Photos, Profile, Training, as_plain, choose, pick_device, project_root,
                             provenance, resolve)
 from .pruning import prune
 from .sampling import effective_rate
@@ -82,7 +83,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        what = f"{self.ratio:.2f}-{self.strategy}" + ("-random" if self.start == "random" else "") if self.strategy else "teacher"
+        percent = 100 * self.ratio
+        ratio = f"{self.ratio:.2f}" if abs(percent - round(percent)) < 1e-9 else f"{self.ratio:g}"
+        what = f"{ratio}-{self.strategy}" + ("-random" if self.start == "random" else "") if self.strategy else "teacher"
         return f"{self.label.replace('_', '-')}-{what}-seed{self.seed}"
 
     @property
@@ -403,6 +406,20 @@ def run_key(run: Run, profile: Profile, teacher: str = "", data: str = "") -> st
     found = content_key(sorted([path.name, known_checksum(path)] for path in data_files(profile, run, data)))
     return content_key(*settings_of(run, profile), code_key(run.notebook), teacher, found)
 
+# %% ../nbs/26_experiment.ipynb #c097a
+@lru_cache(maxsize=None)
+def known_code_key(notebook: str) -> str:
+    """`code_key` of a notebook, read once."""
+    return code_key(notebook)
+
+# %% ../nbs/26_experiment.ipynb #c097b
+def settings_key(run: Run, profile: Profile, data: str = "") -> str:
+    """Key of what a run is made by, as far as it is known before the data and its teacher's run are there: settings, code, and the weights that ship or are published."""
+    published = profile.networks[run.network].published
+    ready = [] if run.strategy else [first_weights(run, profile), shipped_teacher(run, profile), resolve(published) if published else None]
+    place = os.path.relpath(resolve(data), project_root()) if data else ""
+    return content_key(settings_of(run, profile), published, known_code_key(run.notebook), place, [known_checksum(path) for path in ready if path and path.is_file()])
+
 # %% ../nbs/26_experiment.ipynb #c101
 CRITERION = "group l1"     # eq. 6, the one criterion of the paper
 
@@ -540,4 +557,4 @@ def latency_key(network: str, profile: Profile) -> str:
     size = {} if profile.latency.size == "paper" else as_plain(profile.networks[network])["arguments"]
     others = ("shape", "coils", "iterations") if Run(network).super_resolution else ("photo_shape", "scale")
     timing = {name: value for name, value in as_plain(profile.latency).items() if name not in others}
-    return content_key(network, timing, list(profile.ratios), size, describe_device(profile.device))
+    return content_key(network, timing, list(profile.ratios), size, device_name(pick_device(profile.device)))

@@ -307,6 +307,8 @@ def check_parts(profile: Profile) -> None:
     for name in ("networks", "ratios", "seeds"):
         if not getattr(profile, name):
             raise ValueError(f"{profile.name}.yaml.{name} is empty; expected at least one")
+        if len(set(getattr(profile, name))) < len(getattr(profile, name)):
+            raise ValueError(f"{profile.name}.yaml.{name} is {getattr(profile, name)}; expected each once")
     for strategy, ratios in profile.random_start.items():
         if not set(ratios) <= set(profile.ratios):
             raise ValueError(f"{profile.name}.yaml.random_start.{strategy} is {ratios}; expected ratios out of {profile.name}.yaml.ratios, {profile.ratios}, with which it is compared")

@@ -91,6 +91,8 @@ def test_what_does_not_fit_is_refused_by_its_full_name(tmp_path, changes, messag
     ("networks.deq.finetuning.school.loss", "l2", "unknown loss 'l2': choose one of .*smooth_l1, ssim"),
     ("networks.deq.finetuning.school.batch_size", 0, "networks.deq.finetuning.school.batch_size is 0"),
     ("networks.deq.finetuning.school.steps_at", {"0.4": 0}, "networks.deq.finetuning.school.steps_at.0.4 is 0"),
+    ("ratios", [0.4, 0.4], "smoke.yaml.ratios is .0.4, 0.4.; expected each once"),
+    ("seeds", [0, 0], "smoke.yaml.seeds is .0, 0.; expected each once"),
     ("networks.deq.finetuning.school.steps_at", {"forty": 9}, "networks.deq.finetuning.school.steps_at has the key 'forty'"),
     ("random_start.supervised", [0.0], r"smoke.yaml.random_start.supervised\[0\] is 0.0"),
     ("self_supervised.weight", -1.0, "smoke.yaml.self_supervised.weight is -1.0; expected at least 0"),

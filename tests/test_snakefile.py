@@ -1,5 +1,6 @@
 """The batch of the whole paper: which jobs a target needs, what a change makes again, how a failure is told, one job a GPU."""
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -20,9 +21,9 @@ import psutil
 import pytest
 import yaml
 
-from spade.batch import (estimate, job_resources, known_code_key, main, minutes_to_reserve, own_gpu, paper_reports, paper_runs, plan, report_key, resources_by_rule, settings_key, tell_plan, visible_gpus,
+from spade.batch import (estimate, job_resources, known_code_key, main, minutes_to_reserve, own_gpu, paper_reports, paper_runs, plan, report_key, resources_by_rule, tell_plan, visible_gpus,
                          write_resources)
-from spade.experiment import Run
+from spade.experiment import Run, settings_key
 from spade.files import write_json
 from spade.profiles import as_plain, load_profile
 from spade.training import read_state
@@ -51,6 +52,7 @@ def snakemake(*what: str, out: Path | str = "out", profile: str = "config/smoke.
             code = end.code
         finally:
             logger.removeHandler(handler)
+        gc.collect()        # a refused workflow leaves a temporary folder to the collector, which warns of it
     return f"{handler.stream.getvalue()}\nended with {int(code or 0)}"
 
 
@@ -115,6 +117,15 @@ def test_a_setting_that_would_be_ignored_is_refused(project):
     assert told.endswith("ended with 1") and "mine.yaml is not in" in told
 
 
+def test_a_setting_of_the_profile_and_a_misspelt_partial_are_refused(project):
+    told = snakemake("-n", "all", out=project / "out", seeds="[0,1]")
+    assert told.endswith("ended with 1") and "unknown setting 'seeds' in --config" in told, "the smoke profile leaves its seeds to the default"
+    told = snakemake("-n", "all", out=project / "out", ratios="[0.2]")
+    assert told.endswith("ended with 1") and "--config cannot change 'ratios' of a profile, which the notebooks read themselves: change smoke.yaml" in told
+    told = snakemake("-n", "all", out=project / "out", partial="1")
+    assert told.endswith("ended with 1") and "--config partial is 1, expected true or false" in told
+
+
 def test_a_profile_with_a_mistake_is_refused_in_one_sentence(project):
     text = (project / "config" / "smoke.yaml").read_text()
     (project / "config" / "smoke.yaml").write_text(text.replace("workers: 2", "workers: 0"))
@@ -161,8 +172,9 @@ def pretend(project: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"run": as_plain(runs[0])}) if path.suffix == ".json" else "")
         os.utime(path, (time.time() - 1000 + number,) * 2)
-    for path in out.glob("runs/*/result.json"):
-        path.write_text(json.dumps({"run": {"network": "deq"}, "device": "CPU", "seconds": 1.0}))
+    for run in runs:
+        facts = {"run": {"network": "deq"}, "device": "CPU", "seconds": 1.0, "settings_key": settings_key(run, profile, f"{out}/acquisitions")}
+        (run.folder(out) / "result.json").write_text(json.dumps(facts))
     assert snakemake("figure_6", "--touch", "--forceall", out=out).endswith("ended with 0")
     return out
 
@@ -195,6 +207,33 @@ def test_a_change_makes_again_what_depends_on_it_and_nothing_else(project):
     assert again() == {}
 
 
+def test_what_snakemake_did_not_make_is_made_again_if_its_settings_changed(project):
+    """As after `make demo`: results and weights are there, but not in Snakemake's books."""
+    out, again = pretend(project), lambda: jobs(snakemake("figure_6", "-n", "--quiet", "rules", out=project / "out"))
+    shutil.rmtree(project / ".snakemake")
+    assert again() == {}
+    config = project / "config" / "smoke.yaml"
+    settings = json.loads(json.dumps(yaml.safe_load(config.read_text())))
+    settings["networks"]["deq"]["finetuning"]["school"]["steps"] = 5
+    config.write_text(yaml.safe_dump(settings))
+    assert again() == {"finetune": 1, "figure_6": 1, "total": 2}
+
+    for path in out.glob("runs/*/network.safetensors"):
+        path.unlink()           # as in a clone
+    assert again() == {"pretrain": 1, "finetune": 3, "figure_6": 1, "total": 5}
+
+
+def test_partial_leaves_a_figure_whose_pictures_are_not_there(project):
+    out = pretend(project)
+    partial = lambda: snakemake("figure_6", "-n", "--quiet", "rules", out=out, partial="true")
+    assert partial().endswith("ended with 0")
+    for path in out.glob("runs/*/images.npz"):
+        path.unlink()
+    assert partial().endswith("ended with 1"), "there is no rule that would remove it"
+    (out / "figure_6_deq_R6.png").unlink()
+    assert jobs(partial()) == {"figure_6": 1, "total": 1}
+
+
 def test_another_comment_in_a_notebook_makes_nothing_again(project):
     report = paper_reports(load_profile("smoke"))["figure_1"]
     key = report_key(report)
@@ -216,7 +255,7 @@ def test_other_weights_of_a_shipped_teacher_make_another_key(monkeypatch, tmp_pa
     key = settings_key(run, demo)
     changed = tmp_path / "teacher.safetensors"
     changed.write_bytes(b"other weights")
-    monkeypatch.setattr("spade.batch.first_weights", lambda run, profile: changed)
+    monkeypatch.setattr("spade.experiment.first_weights", lambda run, profile: changed)
     assert settings_key(run, demo) != key
 
 
@@ -290,6 +329,8 @@ def test_the_plan_counts_what_is_there_and_tells_an_estimate(tmp_path, capsys):
     write_json(run.folder(tmp_path) / "result.json", {"run": as_plain(run), "device": "CPU", "seconds": 40.0, "training_seconds": 30.0, "peak_memory_mb": 500, "profile": as_plain(profile)})
     assert not plan(profile, tmp_path)["there"].any(), "a result without its weights"
     (run.folder(tmp_path) / "network.safetensors").touch()
+    assert not plan(profile, tmp_path)["there"].any(), "a result of unknown settings"
+    write_json(run.folder(tmp_path) / "result.json", json.loads((run.folder(tmp_path) / "result.json").read_text()) | {"settings_key": settings_key(run, profile)})
     assert plan(profile, tmp_path)["there"].tolist() == [0, 1, 0, 0]
     assert main(["plan", "--profile", "smoke", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
@@ -329,8 +370,10 @@ def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
         with own_gpu(["0", "1"], tmp_path) as second:
             assert second == "1"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with own_gpu(["0", "1"], tmp_path) as given:
-        assert given == "", "Slurm has given the job its GPUs, which have the same numbers in every job"
+    with own_gpu(["0"], tmp_path) as given, own_gpu(["0"], tmp_path) as the_same:
+        assert given == the_same == "", "Slurm has given the job its GPU, which has the same number in every job"
+    with own_gpu(["0", "1"], tmp_path) as given, own_gpu(["0", "1"], tmp_path) as other:
+        assert (given, other) == ("0", "1"), "a batch within an allocation shares its GPUs out"
     monkeypatch.delenv("SLURM_JOB_ID")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert visible_gpus() == ["3", "5"]

@@ -95,6 +95,7 @@ check-experiments: $(VENV)/.installed-dev
 	    $(BIN)/python -m spade.batch demo --network $$network --profile smoke --data "$$out/data" --out "$$out/results"; \
 	done; \
 	$(BIN)/python -m spade.batch demo --network usrnet --profile smoke --out "$$out/results"; \
+	$(BIN)/snakemake "$$out/results/runs/varnet-R6-0.40-supervised-random-seed0/result.json" --configfile config/smoke.yaml --config results="$$out/results" acquisitions="$$out/data" --cores 2 --quiet rules progress; \
 	$(BIN)/snakemake all --configfile config/smoke.yaml --config partial=true results="$$out/results" acquisitions="$$out/data" --cores 2 --quiet rules progress
 
 clean:

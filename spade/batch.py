@@ -240,10 +240,9 @@ def students(profile: Profile, network: str, acceleration: int) -> list[Run]:
 
 # %% ../nbs/33_batch.ipynb #c054
 def demo_students(profile: Profile, network: str, acceleration: int) -> list[Run]:
-    """The students of `demo`, the longest first, so that none is left for the end; of the random starts only the supervised one at the largest ratio."""
-    def wanted(run: Run) -> bool:
-        return run.start == "pruned" or (run.strategy == "supervised" and run.ratio == max(profile.ratios))
-    return sorted(filter(wanted, students(profile, network, acceleration)), key=lambda run: training_of(profile, run).steps, reverse=True)
+    """The pruned students of `demo`, the longest first, so that none is left for the end."""
+    pruned = [run for run in students(profile, network, acceleration) if run.start == "pruned"]
+    return sorted(pruned, key=lambda run: training_of(profile, run).steps, reverse=True)
 
 # %% ../nbs/33_batch.ipynb #c057
 def job_of(run: Run, profile: Profile, out: Path, data: str = "", teacher: str = "") -> Job:

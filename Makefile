@@ -83,9 +83,11 @@ check-notebooks: $(VENV)/.installed-dev
 	@echo "== library notebooks"
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing
 
+# Two files at a time, those that take longest first.
 check-tests: $(VENV)/.installed-dev
 	@echo "== pytest"
-	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/python -m pytest -q --durations 10 tests
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/python -m pytest -q --durations 10 -n 2 --dist loadfile --no-loadscope-reorder \
+	    tests/test_slurm.py tests/test_snakefile.py tests/test_experiments.py tests
 
 # Every experiment notebook, for every network, from data to figure. The folder is fresh, so nothing is skipped.
 check-experiments: $(VENV)/.installed-dev

@@ -65,7 +65,7 @@ if workflow.is_main_process and (workflow.dryrun or not workflow.touch):
 
 
 # Files whose times tell whether a result is of today's settings and code; written now, since Snakemake soon notes what is there.
-SETTINGS_OF = {} if PARTIAL else {
+MARKS = {} if PARTIAL else {
     **{name: batch.relative(batch.run_settings(run, PROFILE, resolve(OUT), "" if run.super_resolution else DATA)) for name, run in RUNS.items()},
     **{network: batch.relative(batch.latency_settings(network, PROFILE, resolve(OUT))) for network in PROFILE.networks},
 }
@@ -126,7 +126,7 @@ if not PARTIAL:
             name: RULE
             wildcard_constraints: run=NAMES
             input:
-                settings=lambda wildcards: SETTINGS_OF[wildcards.run],
+                settings=lambda wildcards: MARKS[wildcards.run],
                 maps=lambda wildcards: maps_of(wildcards.run),
                 teacher=lambda wildcards: [f"{OUT}/runs/{RUNS[wildcards.run].teacher.name}/network.safetensors"] if RUNS[wildcards.run].strategy else [],
             output: [f"{OUT}/runs/{{run}}/{name}" for name in ("result.json", "network.safetensors", "metrics.csv", "images.npz")]
@@ -134,7 +134,7 @@ if not PARTIAL:
             benchmark: f"{OUT}/benchmarks/{RULE}/{{run}}.tsv"
             params:
                 notebook=RULE,
-                parameters=lambda wildcards: batch.yaml.safe_dump(job_of(wildcards.run).parameters, default_flow_style=True, width=10**6).strip(),
+                parameters=lambda wildcards: yaml.safe_dump(job_of(wildcards.run).parameters, default_flow_style=True, width=10**6).strip(),
                 threads=PROFILE.threads,
                 gpus=len(GPU),
             threads: PROFILE.threads
@@ -146,13 +146,13 @@ if not PARTIAL:
 
 
     rule latency:
-        input: lambda wildcards: SETTINGS_OF[wildcards.network]
+        input: lambda wildcards: MARKS[wildcards.network]
         output: f"{OUT}/latency/{{network}}.json"
         log: notebook=f"{OUT}/latency/{{network}}.ipynb"
         benchmark: f"{OUT}/benchmarks/latency/{{network}}.tsv"
         params:
             notebook="latency",
-            parameters=lambda wildcards: batch.yaml.safe_dump(batch.latency_job(wildcards.network, PROFILE, resolve(OUT)).parameters, default_flow_style=True, width=10**6).strip(),
+            parameters=lambda wildcards: yaml.safe_dump(batch.latency_job(wildcards.network, PROFILE, resolve(OUT)).parameters, default_flow_style=True, width=10**6).strip(),
             threads=PROFILE.latency.threads,
             gpus=len(GPU),
             key=lambda wildcards: content_key(as_plain(PROFILE.latency), list(PROFILE.ratios), as_plain(PROFILE.networks[wildcards.network])["arguments"], batch.known_code_key("latency")),
@@ -194,7 +194,7 @@ for REPORT in REPORTS.values():
         benchmark: f"{OUT}/benchmarks/report/{REPORT.name}.tsv"
         params:
             notebook=REPORT.name,
-            parameters=batch.yaml.safe_dump({**REPORT.parameters, **({"data": DATA} if REPORT.name == "figure_2" else {}), "profile": PROFILE.name, "out": OUT}, default_flow_style=True, width=10**6).strip(),
+            parameters=yaml.safe_dump({**REPORT.parameters, **({"data": DATA} if REPORT.name == "figure_2" else {}), "profile": PROFILE.name, "out": OUT}, default_flow_style=True, width=10**6).strip(),
             threads=1,
             gpus=len(GPU) if REPORT.name in MEASURING else 0,
             key=batch.report_key(REPORT),

@@ -707,6 +707,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'spade.training': { 'spade.training.Loop': ('training.html#loop', 'spade/training.py'),
                                 'spade.training.Loop.__init__': ('training.html#loop.__init__', 'spade/training.py'),
                                 'spade.training.Loop.gradients': ('training.html#loop.gradients', 'spade/training.py'),
+                                'spade.training.Loop.keep_good': ('training.html#loop.keep_good', 'spade/training.py'),
                                 'spade.training.Loop.loss_of': ('training.html#loop.loss_of', 'spade/training.py'),
                                 'spade.training.Loop.stop': ('training.html#loop.stop', 'spade/training.py'),
                                 'spade.training.Loop.update': ('training.html#loop.update', 'spade/training.py'),

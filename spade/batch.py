@@ -527,7 +527,7 @@ def minutes_to_reserve(run: Run, profile: Profile, made: list[dict]) -> int:
 
 # %% ../nbs/33_batch.ipynb #c117
 def job_resources(out: Path) -> pd.DataFrame:
-    """A row for each finished job: rule, job, wall and training time in minutes, peak memory in MB. 
+    """A row for each finished job: rule, job, wall and training time in minutes, peak memory in MB.
 
     Runs by their result.json, other jobs by the files below `benchmarks/`, which stay on the machine that wrote them, and else by the resources.csv of before.
     """
@@ -579,7 +579,7 @@ def own_gpu(gpus: list[str], folder: str | Path = "", pause: float = 1.0) -> Ite
     folder = folder or tempfile.gettempdir()
     while True:
         for name in gpus:
-            with (Path(folder) / f"spade-gpu-{os.getuid()}-{job}{name}.lock").open("a") as file:
+            with (Path(folder) / f"spade-gpu-{os.getuid()}-{job}-{name}.lock").open("a") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

@@ -248,10 +248,10 @@ def weights_key(weights: nn.Module | dict[str, Tensor]) -> str:
     return content_key(*(part for name in sorted(state) for part in (name, state[name])))
 
 
-def network_settings(model: nn.Module) -> dict[str, Any]:
-    "What `model.config()` says, as JSON; empty for a network without one."
-    config = getattr(model, "config", None)
-    return json.loads(json.dumps(config(), default=lambda value: type(value).__name__)) if callable(config) else {}
+def network_settings(model: nn.Module, prefix: str) -> dict[str, Any]:
+    "What `model.config()` says, as JSON, its names behind `prefix.`; empty for a network without one."
+    config = model.config() if callable(getattr(model, "config", None)) else {}
+    return {f"{prefix}.{name}": value for name, value in json.loads(json.dumps(config, default=lambda value: type(value).__name__)).items()}
 
 # %% ../nbs/21_losses.ipynb #c105
 class School(Strategy):
@@ -278,7 +278,7 @@ class School(Strategy):
         return school_loss(model, batch.y, batch.A, self.answer(batch.y, batch.A), self.loss)
 
     def settings(self) -> dict[str, Any]:
-        return {"strategy": self.name, "loss": loss_name(self.loss), "teacher": weights_key(self.teacher), "teacher_settings": network_settings(self.teacher)}
+        return {"strategy": self.name, "loss": loss_name(self.loss), "teacher": weights_key(self.teacher), **network_settings(self.teacher, "teacher")}
 
     def to(self, device: torch.device) -> "School":
         self.teacher.to(device)

@@ -322,9 +322,9 @@ def prune(
     """SPADE's pruning (section 3): one shot, uniform over the layer groups, ranked inside each by eq. 6.
 
     Raises `ValueError` for a ratio outside (0, 1) or one that would empty a layer or leave a GroupNorm uneven, for a CNN or layer that is no part of
-    `teacher`, for a list without CNNs, and for a CNN that cannot be cut: a layer hidden from the trace or grouped but not depthwise, or an output that
-    would change its shape because its last layer is not kept; for CNNs that share layers, and for layers that share one parameter. Raises `TypeError` for a teacher without `priors()` where none are passed, and for
-    priors that are no triples of a module, tensors and modules."""
+    `teacher`, for a list without CNNs, for CNNs that share layers and layers that share one parameter, and for a CNN that cannot be cut: a layer hidden
+    from the trace or grouped but not depthwise, or an output that would change its shape because its last layer is not kept. Raises `TypeError` for a
+    teacher without `priors()` where none are passed, for priors that are no triples of a module, tensors and modules, and for a CNN of several outputs."""
     if not isinstance(ratio, Real) or not 0 < ratio < 1:
         raise ValueError(f"ratio is {ratio!r}, expected a number between 0 and 1, both excluded (the paper's are 0.05, 0.10, 0.20, 0.40)")
     found = find_priors(teacher, priors)
@@ -336,8 +336,9 @@ def prune(
         report.macs_before += count_macs(module, *example)
         report.groups += prune_prior(module, example, [copies[id(m)] for m in keep], ratio, f"{name}." if name else "")
         report.macs_after += count_macs(module, *example)
+    shared = shared_parameters(student)
     for name, other in shared_parameters(teacher).items():
-        if name not in shared_parameters(student):
+        if name not in shared:
             raise ValueError(f"{name!r} and {other!r} are one parameter of two layers, which pruning would part; use one layer twice, or keep both layers")
     report.parameters_after = count_parameters(student)
     student.pruning_report = report

@@ -183,8 +183,8 @@ def epoch_batches(data: Iterable, seed: int, epoch: int, start: int = 0, rank: i
         data.batch_sampler.set_epoch(epoch)
         order = list(data.batch_sampler)
         mine = range(len(order) // world * world)[start * world + rank::world]  # every process gets as many
-        part = DataLoader(data.dataset, batch_sampler=[order[number] for number in mine], collate_fn=data.collate_fn, num_workers=data.num_workers)
-        yield from seeded_batches(part, seed, epoch, mine)
+        share = DataLoader(data.dataset, batch_sampler=[order[number] for number in mine], collate_fn=data.collate_fn, num_workers=data.num_workers)
+        yield from seeded_batches(share, seed, epoch, mine)
         return
     for number, batch in enumerate(seeded_batches(data, seed, epoch, count())):
         if number % world == rank:
@@ -220,7 +220,12 @@ class Loop:
         self.adam = torch.optim.Adam(self.parameters)
         self.optimizer = accelerator.prepare(self.adam)
         self.good = [p.detach().clone() for p in self.parameters]  # the last weights that gave a finite loss
-        self.good_buffers = [b.clone() for b in model.buffers()]   # e.g. the statistics of a batch norm, which learn in the forward pass
+        self.keep_good()
+
+    def keep_good(self) -> None:
+        "Copy weights and buffers, such as the statistics that a batch norm learns in the forward pass, to come back to."
+        torch._foreach_copy_(self.good, [p.detach() for p in self.parameters])
+        self.good_buffers = [b.clone() for b in self.model.buffers()]
 
     def loss_of(self, batch: Any, step: int, number: int) -> Tensor:
         "The loss of one batch; a strategy never gets a ground truth that it does not need."
@@ -258,8 +263,7 @@ class Loop:
             self.stop(batches, step, learning_rate, f"the loss is {loss}")
         if not torch.isfinite(norm) and self.accelerator.scaler is None:  # fp16's scaler skips such an update by itself
             self.stop(batches, step, learning_rate, f"the gradient is not finite (loss {loss:.3g})")
-        torch._foreach_copy_(self.good, [p.detach() for p in self.parameters])
-        self.good_buffers = [b.clone() for b in self.model.buffers()]
+        self.keep_good()
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -342,7 +346,7 @@ def fingerprint(model: nn.Module, strategy: Strategy, settings: Settings, steps:
     "What must be equal for a run to be continued, as JSON."
     names = ["learning_rate", "schedule", "warmup", "clip", "batch_size", "accumulate", "mixed_precision", "seed", "keep_best"]
     shape = {} if settings.schedule == "constant" else {"steps": steps}  # a cosine depends on where it ends
-    return {"network": type(model).__name__, "network_settings": network_settings(model), "weights": weights_key(model), "batches_per_epoch": per_epoch, "processes": world,
+    return {"network": type(model).__name__, **network_settings(model, "network"), "weights": weights_key(model), "batches_per_epoch": per_epoch, "processes": world,
             **{name: getattr(settings, name) for name in names}, **shape, **strategy.settings()}
 
 # %% ../nbs/22_training.ipynb #c073
@@ -388,8 +392,7 @@ class Run:
             self.loop.accelerator.scaler.load_state_dict(about["scaler"])
         self.best, self.log = best or None, TrainingLog(**about["log"])
         self.log.validation, self.log.resumed_at = [tuple(pair) for pair in self.log.validation], self.log.steps
-        torch._foreach_copy_(self.loop.good, [p.detach() for p in self.loop.parameters])
-        self.loop.good_buffers = [b.clone() for b in model.buffers()]
+        self.loop.keep_good()
 
     def validate(self, score: Callable[[nn.Module], float]) -> None:
         "Ask for the validation score, and keep the weights if it is the best so far."

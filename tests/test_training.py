@@ -616,7 +616,7 @@ def test_settings_of_the_network_itself_belong_to_the_run(tmp_path):
         torch.manual_seed(0)
         return DEQ(features=4, num_blocks=1, **settings)
     fit(deq(max_iterations=3), 1, folder=tmp_path)
-    with pytest.raises(ValueError, match="network_settings was"):
+    with pytest.raises(ValueError, match="network.max_iterations was 3 and is now 2"):
         fit(deq(max_iterations=2), 2, folder=tmp_path)
     fit(deq(max_iterations=3), 2, folder=tmp_path)
 

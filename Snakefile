@@ -1,7 +1,7 @@
 # The whole paper as one graph of papermill calls.
 #
-#   snakemake table_1 --configfile config/demo.yaml --cores 2        just what Table 1 needs
-#   snakemake all --configfile config/gpu.yaml --cores 16 --resources gpu=2 --keep-going
+#   snakemake table_1 --configfile config/demo.yaml                  just what Table 1 needs, on all cores (profiles/default)
+#   snakemake all --configfile config/gpu.yaml --cores 16 --resources gpu=2
 #   snakemake all --configfile config/gpu.yaml --workflow-profile config/slurm
 #
 # Targets: table_1 ... table_6, figure_1 ... figure_8, figure_steps, all. `-n` tells what would be done, `--config` changes where:
@@ -21,7 +21,8 @@ from snakemake.exceptions import WorkflowError
 
 from spade import batch
 from spade.files import content_key
-from spade.profiles import as_plain, load_profile, resolve
+from spade.phantom import VERSION
+from spade.profiles import as_plain, load_profile, pick_device, resolve
 
 workdir: workflow.basedir
 
@@ -60,8 +61,28 @@ GPU = {"gpu": 1} if batch.uses_gpu(PROFILE) else {}
 PYTHON = f"{sys.executable} -m spade.batch"
 CALL = f"{PYTHON} job --profile {PROFILE.name} --notebook {{params.notebook}} --output {{log.notebook:q}} --threads {{params.threads}} --gpus {{params.gpus}} --parameters {{params.parameters:q}}"
 
-if workflow.is_main_process and (workflow.dryrun or not workflow.touch):
-    print(batch.tell_plan(PROFILE, resolve(OUT), data=DATA), file=sys.stderr)
+CORES = workflow.resource_settings.cores or 0         # none on a cluster
+
+
+def places():
+    """How many jobs run side by side; None where nobody has said."""
+    if GPU:
+        return workflow.resource_settings.resources.get("gpu") or None
+    return max(1, CORES // PROFILE.threads) if CORES else None
+
+
+if workflow.is_main_process:
+    TARGETS = [word for word in sys.argv[1:] if word in REPORTS]      # Snakemake tells a Snakefile its targets too late
+    print(batch.tell_plan(PROFILE, resolve(OUT), data=DATA, targets=() if "all" in sys.argv else TARGETS, places=places()), file=sys.stderr)
+
+
+onstart:
+    # Now, and not in job after job when data were simulated for an hour.
+    if not workflow.non_local_exec and any(job.rule.resources.get("gpu") for job in workflow.dag.needrun_jobs()):
+        try:
+            pick_device(PROFILE.device)
+        except ValueError as error:
+            raise WorkflowError(str(error)) from None
 
 
 # Files whose times tell whether a result is of today's settings and code; written now, since Snakemake soon notes what is there.
@@ -77,7 +98,7 @@ wildcard_constraints:
 
 
 # Time is measured while nothing else runs: on one machine the job takes all cores, on a cluster a node.
-ALL_CORES = max(PROFILE.latency.threads, (workflow.resource_settings.cores or 1) if not workflow.non_local_exec else 1)
+ALL_CORES = max(PROFILE.latency.threads, CORES)
 ALONE = {"mem_mb": 16000, "runtime": 60, "slurm_extra": "--exclusive", **GPU}
 
 
@@ -103,7 +124,7 @@ if not PARTIAL:
     # Simulate once, then estimate the coil maps of each acceleration. Both keep what is there already.
     rule acquisitions:
         output: f"{OUT}/data/R0.json"
-        params: data=DATA, key=content_key(as_plain(PROFILE.data))
+        params: data=DATA, key=content_key(as_plain(PROFILE.data), VERSION)
         threads: PROFILE.threads
         resources: mem_mb=4000, runtime=120
         benchmark: f"{OUT}/benchmarks/acquisitions/acquisitions.tsv"

@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 import yaml
 
-from spade.batch import (estimate, job_resources, known_code_key, main, minutes_to_reserve, own_gpu, paper_reports, paper_runs, plan, report_key, resources_by_rule, tell_plan, visible_gpus,
-                         write_resources)
+from spade.batch import (estimate, job_resources, known_code_key, main, minutes_on, minutes_to_reserve, own_gpu, paper_pace, paper_reports, paper_runs, plan, report_key, resources_by_rule,
+                         tell_plan, visible_gpus, write_resources)
 from spade.experiment import Run, settings_key
 from spade.files import write_json
 from spade.profiles import as_plain, load_profile
@@ -102,6 +103,22 @@ def test_the_gpu_profile_is_the_paper_with_three_seeds():
 def test_a_partial_table_makes_no_run(project):
     found = jobs(snakemake("table_1", "figure_2", "-n", "--quiet", "rules", out=project / "out", partial="true"))
     assert found == {"table_1": 1, "figure_2": 1, "total": 2}
+
+
+def test_the_short_command_needs_no_number_of_cores(project):
+    """profiles/default says the rest."""
+    shutil.copytree(ROOT / "profiles", project / "profiles")
+    small_notebook(project / "nbs" / "experiments" / "figure_1.ipynb", "from pathlib import Path\nfor kind in ('png', 'pdf'): Path(out, f'figure_1.{kind}').touch()")
+    command = [sys.executable, "-m", "snakemake", "figure_1", "--configfile", "config/smoke.yaml"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and (project / "outputs" / "smoke" / "figure_1.pdf").is_file(), done.stderr[-3000:]
+    assert f"with {os.cpu_count()} side by side" in done.stderr and "smoke, figure_1: 1 jobs, 1 to do (report 1)" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_without_a_gpu_the_gpu_profile_is_refused_before_anything_is_simulated(project):
+    told = snakemake("table_3", profile="config/gpu.yaml", out=project / "out")
+    assert "the profile asks for device 'cuda', but this machine has no GPU" in told and told.endswith("ended with 1") and not (project / "out").exists()
 
 
 def test_without_a_profile_the_batch_says_how_to_name_one(project):
@@ -313,6 +330,31 @@ def test_a_batch_killed_in_mid_training_goes_on_from_its_last_epoch(project):
     np.testing.assert_allclose(curve["seconds"][:len(log["seconds"])], log["seconds"], rtol=1e-4, err_msg="the first steps were not made again: their times are those of the killed run")
 
 
+def gone(processes: list[psutil.Process], seconds: float = 20.0) -> list[psutil.Process]:
+    """Those of the processes that are still there after so many seconds."""
+    return psutil.wait_procs([process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE], timeout=seconds)[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+@pytest.mark.parametrize("victim", ["snakemake", "spade.batch"])
+def test_no_job_outlives_the_process_that_began_it(project, victim):
+    """SIGKILL of one process alone: a job that trained on would do so beside the next batch."""
+    small_notebook(project / "nbs" / "experiments" / "figure_6.ipynb", "from pathlib import Path; import time\nPath('begun').touch(); time.sleep(300)")
+    command = [sys.executable, "-m", "snakemake", "figure_6", *arguments(project / "out", partial="true")]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as batch:
+        while not (project / "begun").is_file():
+            assert batch.poll() is None
+            time.sleep(0.1)
+        family = psutil.Process(batch.pid).children(recursive=True)
+        jobs_of_it = [process for process in family if "spade.batch" in process.cmdline()]
+        assert jobs_of_it and any("papermill" in " ".join(process.cmdline()) for process in family) and any("ipykernel" in " ".join(process.cmdline()) for process in family)
+        os.kill(batch.pid if victim == "snakemake" else jobs_of_it[0].pid, signal.SIGKILL)
+        left = gone(family)
+        for process in left:
+            process.kill()
+    assert not left
+
+
 def test_the_command_of_a_job_returns_1_on_failure(tmp_path, capsys):
     assert main(["job", "--profile", "smoke", "--notebook", "nothing_like_it", "--output", str(tmp_path / "run.ipynb"), "--parameters", "{x: 1}"]) == 1
     told = capsys.readouterr().err
@@ -324,18 +366,46 @@ def test_the_command_of_a_job_returns_1_on_failure(tmp_path, capsys):
 def test_the_plan_counts_what_is_there_and_tells_an_estimate(tmp_path, capsys):
     profile = load_profile("smoke")
     table = plan(profile, tmp_path)
-    assert table["jobs"].tolist() == [10, 32, 4, 15] and not table["there"].any()
+    assert table["jobs"].tolist() == [10, 32, 1, 3, 4, 15, 1] and not table["there"].any()
     run = Run("deq", 6, 0.40, "school")
     write_json(run.folder(tmp_path) / "result.json", {"run": as_plain(run), "device": "CPU", "seconds": 40.0, "training_seconds": 30.0, "peak_memory_mb": 500, "profile": as_plain(profile)})
     assert not plan(profile, tmp_path)["there"].any(), "a result without its weights"
     (run.folder(tmp_path) / "network.safetensors").touch()
     assert not plan(profile, tmp_path)["there"].any(), "a result of unknown settings"
     write_json(run.folder(tmp_path) / "result.json", json.loads((run.folder(tmp_path) / "result.json").read_text()) | {"settings_key": settings_key(run, profile)})
-    assert plan(profile, tmp_path)["there"].tolist() == [0, 1, 0, 0]
+    assert plan(profile, tmp_path)["there"].tolist() == [0, 1, 0, 0, 0, 0, 0]
     assert main(["plan", "--profile", "smoke", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "61 jobs, 60 to do" in told and "min with 2 side by side" in told and "from measured runs" in told
+    assert "66 jobs, 65 to do" in told and "min with 2 side by side" in told and "of 65 from measured jobs" in told
     assert "on 1 GPU, " in tell_plan(load_profile("gpu"), tmp_path) and "on 16 GPUs" in tell_plan(load_profile("paper"), tmp_path)
+
+
+def test_the_plan_of_a_target_is_of_what_it_needs_alone(tmp_path):
+    profile = load_profile("smoke")
+    table = plan(profile, tmp_path, targets=["table_4"])
+    assert table["jobs"].to_dict() == {"pretrain": 1, "finetune": len(paper_reports(profile)["table_4"].runs) - 1, "acquisitions": 0, "maps": 0, "latency": 1, "report": 1, "index": 0}
+    assert "smoke, table_4: " in tell_plan(profile, tmp_path, targets=["table_4"]) and "with 3 side by side" in tell_plan(profile, tmp_path, targets=["table_4"], places=3)
+    assert plan(profile, tmp_path, targets=["all"])["jobs"].sum() == 66 == plan(profile, tmp_path, targets=["table_4", "out/table_1.md"])["jobs"].sum()
+
+
+def test_other_jobs_are_planned_by_what_the_same_job_took(tmp_path):
+    pd.DataFrame({"rule": ["latency", "report"], "job": ["usrnet", "table_4"], "wall (min)": [7.0, 0.5]}).to_csv(tmp_path / "resources.csv", index=False)
+    table = plan(load_profile("smoke"), tmp_path / "nothing", tmp_path, targets=["table_4"])
+    assert table["minutes"][["latency", "report"]].tolist() == [7.0, 0.5] and table["measured"].sum() == 2
+    alone = minutes_on(table, 1) - minutes_on(table, 2)
+    assert alone == pytest.approx((table["minutes"].sum() - 7.0) / 2) and minutes_on(table, 10**6) > 7.0, "time is measured alone"
+
+
+def test_a_student_does_not_begin_before_its_teacher_has_ended():
+    table = plan(load_profile("paper"), Path("nothing"))
+    assert minutes_on(table, 10**6) == pytest.approx(table["longest"]["pretrain"] + table["longest"]["finetune"])
+    slow = plan(load_profile("paper"), Path("nothing"), guess=paper_pace())
+    assert 86400 * 7 / 250_000 == pytest.approx(paper_pace()["varnet"]) and slow["minutes"].sum() > 5 * table["minutes"].sum() and slow["longest"]["pretrain"] == pytest.approx(10 * 1440 + 1)
+
+
+def test_every_job_of_the_gpu_profile_is_planned_below_8_minutes():
+    profile = load_profile("gpu")
+    assert max(estimate(run, profile, [])[0] for run in paper_runs(profile).values()) < 480
 
 
 def test_a_loaded_teacher_takes_no_step():
@@ -356,7 +426,23 @@ def test_what_jobs_took_is_summed_by_rule(tmp_path):
     assert by_rule.loc["finetune"].tolist() == [2, 4.0, 3.0, 2.0, 800] and by_rule.loc["latency", "wall (min)"] == 2.0
     assert by_rule.loc["all", ["jobs", "wall (min)", "peak memory (MB)"]].tolist() == [4, 16.0, 900]
     text = write_resources(tmp_path).read_text()
-    assert "| finetune | 2 | 4.0 |" in text and len(pd.read_csv(tmp_path / "resources.csv")) == 4
+    assert "| finetune | 2 | 4.0 |" in text and len(pd.read_csv(tmp_path / "resources.csv")) == 4 and "Made on: CPU." in text
+
+
+def test_what_a_job_on_a_gpu_took(tmp_path):
+    """Wall time by Snakemake, where it measured more than the run itself; the GPU is held all that time; two kinds of memory."""
+    run, profile = Run("deq"), as_plain(load_profile("smoke"))
+    write_json(run.folder(tmp_path) / "result.json", {"run": as_plain(run), "device": "NVIDIA X", "seconds": 600.0, "training_seconds": 300.0, "peak_memory_mb": 9000, "profile": profile})
+    for rule, job, seconds, memory in (("pretrain", run.name, 630.0, 1500.0), ("latency", "deq", 120.0, 450.5), ("report", "figure_2", 60.0, 400.0), ("report", "table_1", 30.0, "NA"), ("finetune", "half", 9.0, 9.0)):
+        path = tmp_path / "benchmarks" / rule / f"{job}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"s\th:m:s\tmax_rss\n{seconds}\t0\t{memory}\n")
+    table = job_resources(tmp_path).set_index("job")
+    assert set(table.index) == {run.name, "deq", "figure_2", "table_1"} and table["device (min)"].to_dict() == {run.name: 10.5, "deq": 2.0, "figure_2": 1.0, "table_1": 0.0}
+    assert table.loc[run.name, ["wall (min)", "training (min)", "peak memory (MB)", "peak GPU memory (MB)"]].tolist() == [10.5, 5.0, 1500.0, 9000.0]
+    assert "| all | 4 | 14.0 | 10.5 | 5.0 | 13.5 | 1500.0 | 9000.0 |" in write_resources(tmp_path).read_text()
+    shutil.rmtree(tmp_path / "benchmarks")
+    assert job_resources(tmp_path).set_index("job")["device (min)"].to_dict() == {run.name: 10.0, "deq": 2.0, "figure_2": 1.0, "table_1": 0.0}, "elsewhere, by resources.csv"
 
 
 def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):

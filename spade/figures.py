@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INK', 'STRATEGY_CARDS', 'EVOLVING', 'CONTENTS', 'BLOCKS', 'DRAWN', 'PICTURED', 'draw_card', 'draw_filters',
            'draw_arrow', 'figure_1', 'median_clock', 'evolution', 'stored_networks', 'evolutions', 'figure_2',
-           'parts_of', 'gaps', 'table_gaps', 'curve_gaps', 'picture_gaps', 'lacking', 'made_on', 'index_page',
-           'write_index']
+           'parts_of', 'gaps', 'table_gaps', 'curve_gaps', 'picture_gaps', 'lacking', 'iterations_of', 'figure_caption',
+           'made_on', 'index_page', 'write_index']
 
 # %% ../nbs/32_figures.ipynb #c003
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ from .latency import synchronize
 from .losses import STRATEGIES
 from .paper import LABEL, NAMED_RATIO
 from .profiles import Profile, resolve
-from .report import COLORS, MRI_NETWORKS, image_psnr, read_runs, seeds_in_words, table_1
+from .report import COLORS, MRI_NETWORKS, PAGE, STYLE, image_psnr, read_runs, seeds_in_words, setting, setting_4, table_1
 from .training import move
 
 # %% ../nbs/32_figures.ipynb #c006
@@ -38,8 +38,8 @@ INK: dict[str, str] = {"card": "#f4f4f2", "edge": "#555555", "physics": "#dddddd
 def draw_card(axis: plt.Axes, left: float, bottom: float, width: float, height: float, title: str, text: str = "", color: str | None = None) -> None:
     """A rounded box with a heading at its top and text below it; sizes in the units of the axes."""
     axis.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle="round,pad=0,rounding_size=0.12", facecolor=color or INK["card"], edgecolor=INK["edge"], linewidth=0.8))
-    axis.text(left + width / 2, bottom + height - 0.14, title, ha="center", va="top", fontsize=9, weight="bold")
-    axis.text(left + width / 2, bottom + height - 0.46, text, ha="center", va="top", fontsize=7.8, linespacing=1.35)
+    axis.text(left + width / 2, bottom + height - 0.14, title, ha="center", va="top", fontsize=8, weight="bold")
+    axis.text(left + width / 2, bottom + height - 0.5, text, ha="center", va="top", fontsize=7, linespacing=1.3)
 
 # %% ../nbs/32_figures.ipynb #c007
 def draw_filters(axis: plt.Axes, left: float, bottom: float, layers: list[list[bool]], gap: float = 0.34) -> None:
@@ -58,19 +58,19 @@ def draw_arrow(axis: plt.Axes, start: tuple[float, float], stop: tuple[float, fl
 STRATEGY_CARDS: dict[str, tuple[str, str, str]] = {
     "supervised": ("eq. 7", "student's image\nagainst ground truth\n\nneeds training pairs", r"$\ell(\hat f(y),\ x)$"),
     "school": ("eq. 8", "student's image\nagainst teacher's image\n\nneeds teacher and test measurements", r"$\ell(\hat f(y),\ f(y))$"),
-    "self-supervised": ("eq. 9", "same data when measured again, same image\nwhen turned, measured and reconstructed\n\nneeds test measurements only", r"$\ell(A\hat x,\ y)+\ell(\hat f(A\phi\hat x),\ \phi\hat x),\ \ \hat x=\hat f(y)$")}
+    "self-supervised": ("eq. 9", "same data when measured again,\nsame image when turned,\nmeasured and reconstructed\n\nneeds test measurements only", r"$\ell(A\hat x,\ y)+\ell(\hat f(A\phi\hat x),\ \phi\hat x),\ \ \hat x=\hat f(y)$")}
 
 
 def figure_1() -> Figure:
     """The pipeline of SPADE: pruning above, fine-tuning below."""
-    figure, axis = plt.subplots(figsize=(9.6, 5.0), dpi=100, layout="constrained")
+    figure, axis = plt.subplots(figsize=(PAGE, PAGE * 6.2 / 12), dpi=100, layout="constrained")
     axis.set(xlim=(0, 12), ylim=(0, 6.2), aspect="equal")
     axis.axis("off")
     together = [True, False, True, True, False, True, True, False]      # layers of one group lose the same filters
     whole, cut = [[True] * 8] * 3, [together, together, [False, True, True, False, True, True, False, True]]
     steps = [("teacher", "physics and CNN in turn,\nagain and again", whole), ("layer groups", "layers that must change\ntogether (DepGraph)", whole),
              ("rank and cut", "mean ℓ1 norm of a filter in\nits group (eq. 6): least go", cut), ("student", "narrower CNN,\nsame physics", [[True] * 5] * 3)]
-    axis.text(0.05, 6.1, "(a) prune", fontsize=11, va="top")
+    axis.text(0.05, 6.1, "(a) prune", fontsize=9, va="top")
     for number, (title, text, layers) in enumerate(steps):
         left = 0.1 + 3.05 * number
         draw_card(axis, left, 3.35, 2.55, 2.3, title, text)
@@ -79,11 +79,11 @@ def figure_1() -> Figure:
             axis.add_patch(plt.Rectangle((left + 0.57, 3.49), 1.41, 0.64, fill=False, edgecolor=INK["edge"], linewidth=1, linestyle=":"))
         if number:
             draw_arrow(axis, (left - 0.47, 4.5), (left - 0.03, 4.5))
-    axis.text(0.05, 2.95, "(b) fine-tune the student, by one of", fontsize=11, va="top")
+    axis.text(0.05, 2.95, "(b) fine-tune the student, by one of", fontsize=9, va="top")
     for number, (strategy, (equation, text, formula)) in enumerate(STRATEGY_CARDS.items()):
         left = 0.1 + 4.05 * number
         draw_card(axis, left, 0.1, 3.6, 2.35, f"{strategy} ({equation})", text)
-        axis.text(left + 1.8, 0.45, formula, ha="center", va="center", fontsize=10)
+        axis.text(left + 1.8, 0.42, formula, ha="center", va="center", fontsize=8)
         axis.plot([left + 0.3, left + 3.3], [2.08, 2.08], color=COLORS[strategy], linewidth=2)
     draw_arrow(axis, (10.5, 3.3), (10.5, 2.6))
     return figure
@@ -147,17 +147,18 @@ def evolutions(profile: Profile, out: str | Path, acceleration: int = 6, seed: i
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["ratio", "iteration", "seconds", "residual", "psnr", "network"])
 
 # %% ../nbs/32_figures.ipynb #c026
+@plt.rc_context(STYLE)
 def figure_2(table: pd.DataFrame) -> Figure:
     """Residual and PSNR against time, from the table of `evolutions`; a panel without results says so."""
-    panels = [("deq", "residual", "distance to the image before"), ("deq", "psnr", "PSNR (dB)"), ("usrnet", "psnr", "PSNR (dB)")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(10, 3.0), dpi=100, layout="constrained")
+    panels = [("deq", "residual", "relative distance to image before"), ("deq", "psnr", "PSNR (dB)"), ("usrnet", "psnr", "PSNR (dB)")]
+    figure, axes = plt.subplots(1, len(panels), figsize=(PAGE, 2.6), dpi=100, layout="constrained")
     ratios = list(NAMED_RATIO)
     for axis, (network, column, label) in zip(axes, panels):
         part = table[table["network"] == network]
         for ratio, color, marker in zip(ratios, ["0.35", *sns.color_palette("viridis", len(ratios) - 1)], "xos^D"):
             line = part[np.isclose(part["ratio"].astype(float), ratio)]
             if len(line):
-                axis.plot(1e3 * line["seconds"], line[column], color=color, marker=marker, markersize=3.5, linewidth=1.2, linestyle="--" if not ratio else "-",
+                axis.plot(1e3 * line["seconds"], line[column], color=color, marker=marker, markersize=3, linewidth=1, linestyle="--" if not ratio else "-",
                           label=f"{NAMED_RATIO[ratio]} % removed" if ratio else "unpruned")
         if part.empty:
             axis.text(0.5, 0.5, "missing", ha="center", va="center", color="0.5", transform=axis.transAxes)
@@ -166,15 +167,18 @@ def figure_2(table: pd.DataFrame) -> Figure:
             axis.set_yscale("log")
         axis.set(title=f"{LABEL[network]}, {EVOLVING[network]}", xlabel="time (ms)", ylabel=label)
         if not part.empty:
-            axis.legend(frameon=False, fontsize=7)
+            axis.set_xlim(left=0)
+    entries = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels())}
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(ratios), frameon=False, columnspacing=1.2)
     sns.despine(figure)
     return figure
 
 # %% ../nbs/32_figures.ipynb #c030
 #: stem -> heading
 CONTENTS: dict[str, str] = {
-    "figure_1": "Figure 1: the method", "table_1": "Table 1: CS-MRI at R = 6", "figure_3": "Figure 3: PSNR lost at R = 6", "table_2": "Table 2: CS-MRI at R = 8",
-    "figure_4": "Figure 4: PSNR lost at R = 8", "figure_2": "Figure 2: against the clock", "table_3": "Table 3: pruned and random start", "table_4": "Table 4: super-resolution at ×2 and ×3",
+    "figure_1": "Figure 1: the method", "figure_2": "Figure 2: against the clock", "table_1": "Table 1: CS-MRI at R = 6", "figure_3": "Figure 3: PSNR lost at R = 6",
+    "table_2": "Table 2: CS-MRI at R = 8", "figure_4": "Figure 4: PSNR lost at R = 8", "table_3": "Table 3: pruned and random start", "table_4": "Table 4: super-resolution at ×2 and ×3",
     "figure_5": "Figure 5: photographs", "table_5": "Table 5: CS-MRI at R = 10", "table_6": "Table 6: super-resolution at ×4", "figure_6": "Figure 6: DEQ's images",
     "figure_7": "Figure 7: VarNet's images", "figure_8": "Figure 8: E2E-VarNet's images", "figure_steps": "PSNR against steps of fine-tuning"}
 
@@ -244,6 +248,33 @@ def lacking(out: Path, stem: str, paths: list[Path]) -> list[str]:
         return curve_gaps(out / "figure_2.csv")
     return picture_gaps(out, PICTURED[stem]) if stem in PICTURED else []
 
+# %% ../nbs/32_figures.ipynb #c041a
+def iterations_of(out: Path, network: str) -> str:
+    """How long a network iterates, by the profile of its runs; empty where there is none."""
+    profiles = [run["profile"]["networks"][network]["arguments"] for run in read_runs(out) if run["run"]["network"] == network and "networks" in run["profile"]]
+    if not profiles or "max_iterations" not in profiles[0]:
+        return ""
+    told = profiles[0]
+    return f"{LABEL[network]} stops at a relative distance of {told['tolerance']:g}, or after {told['max_iterations']} iterations; it was trained with {told['train_iterations']}. "
+
+
+def figure_caption(out: str | Path, stem: str) -> str:
+    """The caption of a figure, with what it was made on."""
+    out, lost = resolve(out), "PSNR lost, in percent of the unpruned network's, by the share of parameters removed (as the paper names it) and fine-tuning strategy"
+    if stem in DRAWN:
+        return f"{lost}. Filled: ours; hollow: the paper's, which it calls degradation percentage; bars: ± one standard deviation, where there are several seeds. {setting(out, MRI_NETWORKS, DRAWN[stem])}"
+    corners = "Upper left: PSNR of the whole image; lower left: its change from the unpruned network's"
+    if stem == "figure_5":
+        return (f"Two test photographs at ×3 by bicubic interpolation, the unpruned network (0 %) and its students fine-tuned by school, as a crop from the frame in the first panel, and its error, on one scale for each photograph. {corners}. "
+                f"Seed {min(run['run'].get('seed', 0) for run in read_runs(out))}. {setting_4(out)}")
+    if stem in PICTURED:
+        return (f"One test slice reconstructed by {LABEL[PICTURED[stem]]} and its students, by strategy and ratio, each with its error, on one scale for the figure. {corners}. The frame is enlarged in the lower right. "
+                f"White is the 90th percentile of what is not background in the ground truth. {setting(out, [PICTURED[stem]], 6)}")
+    return {"figure_1": "The two parts of SPADE: pruning, and fine-tuning by one of three strategies. Hollow bars are filters that go, the same ones in all layers of a group.",
+            "figure_2": f"After each iteration: the relative distance to the image before it, and PSNR, against the time so far, for one test measurement. The networks took turns, of which the median counts. {iterations_of(out, 'deq')}"
+                        f"DEQ: {setting(out, ['deq'], 6)} USRNet: {setting_4(out)}",
+            "figure_steps": f"PSNR on the validation photographs against the steps of fine-tuning; step 0 is what pruning left. {setting_4(out)}"}[stem]
+
 # %% ../nbs/32_figures.ipynb #c042
 def made_on(out: str | Path) -> list[str]:
     """Sentences on what the runs of a folder were made on: profile, runs and seeds, device, versions, commits, time."""
@@ -251,10 +282,13 @@ def made_on(out: str | Path) -> list[str]:
     if not runs:
         return ["No complete run."]
     told = lambda values: ", ".join(sorted({str(value) for value in values if value}))
+    simulated = next((run["profile"]["data"] for run in runs if (run["profile"].get("data") or {}).get("simulation")), None)
+    data = [f"Simulated acquisitions of {sum(simulated['subjects'])} subjects, {simulated['simulation']['slices']} slices each, {'×'.join(map(str, simulated['simulation']['shape']))}, "
+            f"{simulated['simulation']['coils']} coils, SNR {simulated['simulation']['snr']:g}."] if simulated else []
     networks = ", ".join(f"{LABEL[name]} {sum(run['run']['network'] == name for run in runs)}" for name in LABEL if any(run["run"]["network"] == name for run in runs))
     without = [LABEL[name] for name in LABEL if not any(name in run["profile"].get("networks", LABEL) for run in runs)]
     return [f"Profile {told(run['profile']['name'] for run in runs)}: {told(run['profile'].get('description') for run in runs)}." + (f" It has no {', '.join(without)}." if without else ""),
-            f"{len(runs)} complete runs ({networks}), {seeds_in_words(runs)}.",
+            *data, f"{len(runs)} complete runs ({networks}), {seeds_in_words(runs)}.",
             f"Device: {told(run['device'] for run in runs)}. torch {told(run.get('versions', {}).get('torch') for run in runs) or 'unknown'}, commit {told(run.get('commit') for run in runs) or 'unknown'}.",
             f"{sum(run.get('seconds', 0) for run in runs) / 3600:.1f} hours of computing, summed over runs."]
 
@@ -271,6 +305,8 @@ def index_page(out: str | Path) -> str:
         partial += [f"{name} ({'; '.join(lacks)})"] if lacks else []
         shown.append(f"## {heading}\n")
         shown += [path.read_text(encoding="utf-8") if path.suffix == ".md" else f"![{heading}]({path.name})\n" for path in parts]
+        shown += [f"{figure_caption(out, stem)}\n"] if stem.startswith("figure") else []
+        shown += [f"[The notebook that made it](notebooks/{stem}.ipynb)\n"] if (out / "notebooks" / f"{stem}.ipynb").is_file() else []
     extra = ["- [Time and memory of each rule](resources.md)"] if (out / "resources.md").is_file() else []
     head = [f"# Results: {out.name}\n", *(f"- {line}" for line in made_on(out)), "- How each was made: `result.json` in its folder below `runs/`.", *extra,
             *([f"- In part: {', '.join(partial)}."] if partial else []), *([f"- Missing here: {', '.join(missing)}."] if missing else []),

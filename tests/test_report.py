@@ -20,8 +20,8 @@ from spade.losses import STRATEGIES  # noqa: E402
 from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups  # noqa: E402
 from spade.figures import evolution, evolutions, figure_1, figure_2, index_page, write_index  # noqa: E402
 from spade.profiles import load_profile  # noqa: E402
-from spade.report import (caption_1, caption_3, caption_4, comparisons, comparisons_4, detail_window, each_seed, figure_3, figure_5, figure_7, figure_steps, for_print, image_psnr,  # noqa: E402
-                          lost_over_seeds, mean_over_images, pick, printed_sizes, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, with_differences, won_back,
+from spade.report import (MRI_NETWORKS, caption_1, caption_3, caption_4, comparisons, comparisons_4, detail_window, each_seed, figure_3, figure_5, figure_7, figure_steps, for_print, image_psnr,  # noqa: E402
+                          lost_over_seeds, mean_over_images, pick, printed_sizes, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, white_level, with_differences, won_back,
                           write_figure, write_table)
 
 
@@ -307,18 +307,38 @@ def test_figure_5_tells_psnr_its_change_and_the_error_of_every_crop(photo_out):
     assert [text.get_text() for text in crops[-1].texts] == [f"{student:.2f} dB", f"−{100 - 100 * student / teacher:.1f} %"] and len(crops[2].texts) == 1
     assert [text.get_position()[1] > 0.5 for text in crops[-1].texts] == [True, False] and crops[-1].texts[0].get_position()[0] < 0.1
     shown = [axis.images[0] for axis in errors if axis.images]
-    window = detail_window(images["ground truth"], 0.33, square=True)
+    window = detail_window(images["teacher"], 0.33, square=True)
     assert len(shown) == 3 and len({image.get_clim() for image in shown}) == 1 and "error" in bar.get_xlabel()
     np.testing.assert_allclose(shown[-1].get_array(), np.abs(images["student"] - images["ground truth"]).mean(axis=2)[window])
     matplotlib.pyplot.close("all")
 
 
 def test_pictures_can_be_read_in_print(photo_out, tmp_path):
-    for name, figure in (("5", figure_5(photo_out)), ("7", figure_7(photo_out, "varnet"))):
+    evolving = pd.DataFrame({"network": ["deq", "usrnet"] * 2, "ratio": [0.0, 0.0, 0.4, 0.4], "iteration": 1, "seconds": [0.1, 0.2, 0.05, 0.1], "residual": 0.1, "psnr": 30.0})
+    for name, figure in (("1", figures.figure_1()), ("2", figures.figure_2(evolving)), ("3", figure_3(photo_out, MRI_NETWORKS)), ("steps", figure_steps(photo_out)),
+                         ("5", figure_5(photo_out)), ("7", figure_7(photo_out, "varnet"))):
         figure.canvas.draw()
+        assert figure.get_figwidth() <= 7, name
         assert len(printed_sizes(figure, 6.5)) > 10 and min(printed_sizes(figure, 6.5)) >= 6
         assert all(path.stat().st_size < 2e6 for path in write_figure(figure, tmp_path / name))
     matplotlib.pyplot.close("all")
+
+
+def test_the_enlarged_window_lies_in_the_middle_of_the_object():
+    """A ring of fat has the strongest edges; what is looked for is inside."""
+    grid = np.hypot(*np.mgrid[-1:1:100j, -1:1:100j])
+    image = 0.4 * (grid < 0.8) + 2.0 * (abs(grid - 0.7) < 0.015)
+    image[48:52, 45:55] += 0.3
+    rows, columns = detail_window(image, 0.16, square=True, inner=0.45)
+    assert rows.stop - rows.start == 16 and rows.start <= 48 and rows.stop >= 52 and 30 <= columns.start and columns.stop <= 70
+    assert image[detail_window(image, 0.16)].max() == pytest.approx(2.4), "anywhere: the ring"
+    assert white_level(image) < 2 and white_level(np.zeros((4, 4))) == 1.0
+
+
+def test_a_figure_is_told_what_it_shows_and_what_it_was_made_on(out):
+    for name in ("figure_1", "figure_2", "figure_3", "figure_4", "figure_5", "figure_6", "figure_7", "figure_8", "figure_steps"):
+        assert len(figures.figure_caption(out, name)) > 100
+    assert "R = 6, effective sampling rate" in figures.figure_caption(out, "figure_7") and "No complete run" in figures.figure_caption(out, "figure_4")
 
 
 def test_colours_are_stored_with_8_bits_and_curves_give_their_scores(photo_out):

@@ -2,9 +2,11 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from spade.batch import paper_reports, paper_runs
+from spade.experiment import Run
 from spade.profiles import load_profile
 
 RUNS = Path(__file__).resolve().parents[1] / "outputs" / "demo" / "runs"
@@ -27,8 +29,25 @@ def test_the_demo_shows_every_table_and_figure_of_the_paper():
     demo, profile = RUNS.parent, load_profile("demo")
     missing = [name for report in paper_reports(profile).values() for name in report.files if not (demo / name).is_file()]
     assert not missing and (demo / "resources.md").is_file()
-    assert all((RUNS / name / "result.json").is_file() for name in paper_runs(profile))
     assert "Nothing of the paper is missing" in (demo / "index.md").read_text(encoding="utf-8")
+
+
+def test_one_batch_made_every_run_of_the_demo_and_no_other_is_there():
+    found = {path.parent.name: json.loads(path.read_text()) for path in RUNS.glob("*/result.json")}
+    assert set(found) == set(paper_runs(load_profile("demo"))) == {path.name for path in RUNS.iterdir()}
+    assert len({run["commit"] for run in found.values()}) == 1 and not any("+" in run["commit"] for run in found.values())
+    assert len({(run["device"], json.dumps(run["versions"]), json.dumps(run["profile"], sort_keys=True)) for run in found.values()}) == 1
+
+
+def test_the_readmes_numbers_are_those_of_the_demo():
+    text, demo = " ".join((RUNS.parents[2] / "README.md").read_text(encoding="utf-8").split()), RUNS.parent
+    table = pd.read_csv(demo / "table_1.csv").query("Network == 'VarNet'").set_index("Pruning ratio")
+    lost = {f"{name}{whose}": 100 - 100 * table.loc["65 %", f"PSNR {name}{whose}"] / table.loc["0 %", f"PSNR supervised{whose}"] for name in ("supervised", "school") for whose in ("", " (paper)")}
+    assert f"*supervised* fine-tuning loses {lost['supervised']:.1f} % of the teacher's PSNR and *school* {lost['school']:.1f} %" in text
+    assert f"(the paper: {lost['supervised (paper)']:.1f} % and {lost['school (paper)']:.1f} %)" in text
+    assert f"runs {table.loc['65 %', 'Speed-up']:.1f} times faster on two CPU threads" in text
+    worst = min(pd.read_csv(demo / f"table_{number}_usrnet.csv")["PSNR kept %"].min() for number in (4, 6))
+    assert f"within {100 - worst:.1f} % of its teacher at every ratio" in text
 
 
 @pytest.mark.parametrize("acceleration", [8, 10])
@@ -62,7 +81,7 @@ def test_psnr_falls_as_the_ratio_grows(network, strategy):
     assert all(later <= earlier + 0.01 for earlier, later in zip(values, values[1:])) and values[-1] < values[0] - 0.5
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [name for name in NETWORKS if Run(name, 6, 0.40, "supervised", "random").name in paper_runs(load_profile("demo"))])
 def test_pruning_beats_the_random_start_under_the_same_budget(network):
     pruned, fresh = (json.loads((RUNS / f"{network}-R6-0.40-supervised{start}-seed0" / "result.json").read_text()) for start in ("", "-random"))
     assert pruned["means"][f"{network} supervised psnr"] > fresh["means"][f"{network} supervised psnr"] + 1

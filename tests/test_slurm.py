@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 
@@ -105,19 +106,28 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
-    """DEQ's teacher of the smoke profile, with the committed profile for Slurm: acquisitions, coil maps and training, a job each; the second time nothing is left to do."""
+    """A student of the smoke profile's DEQ, with the committed profile for Slurm: acquisitions, coil maps, teacher and student, a job each, and a measurement of time, which has a node of its own.
+
+    A figure whose notebook fails names notebook, parameters and cell in Slurm's log, and the others go on. The second time that figure alone is left to do.
+    """
     for name in ("config", "nbs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(ROOT / "Snakefile", tmp_path / "Snakefile")
-    folder = Path("out") / "runs" / Run("deq").name
-    command = [sys.executable, "-m", "snakemake", str(folder / "result.json"), "--configfile", "config/smoke.yaml", "--config", "results=out", "--workflow-profile", "config/slurm", "--latency-wait", "20",
-               "--default-resources", "slurm_partition=test", "mem_mb=500", "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"]
+    cells = [nbformat.v4.new_code_cell("profile = ''\nout = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("image = open('no such image')")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), tmp_path / "nbs" / "experiments" / "figure_1.ipynb")
+    student = Run("deq", 6, 0.40, "school")
+    folders = [Path("out") / "runs" / run.name for run in (student.teacher, student)]
+    command = [sys.executable, "-m", "snakemake", str(folders[1] / "result.json"), "out/latency/deq.json", "figure_1", "--configfile", "config/smoke.yaml", "--config", "results=out", "--workflow-profile", "config/slurm", "--latency-wait", "20",
+               "--default-resources", "slurm_partition=test", "mem_mb=500", "--set-resources", "latency:mem_mb=1500", "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"]
     done = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     submitted = re.findall(r"Job \d+ has been submitted with SLURM jobid", done.stdout + done.stderr)
-    assert len(submitted) == 3, done.stderr[-2000:]
-    result = json.loads((tmp_path / folder / "result.json").read_text())
-    assert result["profile"]["name"] == "smoke" and result["means"]["deq psnr"] > 0 and len(list((tmp_path / "data" / "smoke").glob("*.h5"))) == 4
-    assert (tmp_path / folder / "network.safetensors").is_file()
+    assert done.returncode == 1 and len(submitted) == 6, (done.stdout + done.stderr)[-4000:]
+    logged = "".join(path.read_text() for path in (tmp_path / ".snakemake" / "slurm_logs").rglob("*.log"))
+    assert "figure_1.ipynb (" in logged and "profile='smoke'" in logged and "cell In [3]: image = open('no such image')" in logged, logged[-2000:]
+    for folder in folders:
+        result = json.loads((tmp_path / folder / "result.json").read_text())
+        assert result["profile"]["name"] == "smoke" and (tmp_path / folder / "network.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "latency" / "deq.json").read_text())["rows"][0]["milliseconds"] > 0
+    assert result["means"]["deq school psnr"] > 0 and len(list((tmp_path / "data" / "smoke").glob("*.h5"))) == 4
     again = subprocess.run([*command, "-n"], cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=200)
-    assert "Nothing to be done" in again.stdout + again.stderr
+    assert dict(re.findall(r"^(\w+) +(\d+)$", again.stdout + again.stderr, re.M)) == {"figure_1": "1", "total": "1"}

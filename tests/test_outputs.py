@@ -32,6 +32,13 @@ def test_the_demo_shows_every_table_and_figure_of_the_paper():
     assert "Nothing of the paper is missing" in (demo / "index.md").read_text(encoding="utf-8")
 
 
+def test_one_batch_made_every_run_of_the_demo_and_no_other_is_there():
+    found = {path.parent.name: json.loads(path.read_text()) for path in RUNS.glob("*/result.json")}
+    assert set(found) == set(paper_runs(load_profile("demo"))) == {path.name for path in RUNS.iterdir()}
+    assert len({run["commit"] for run in found.values()}) == 1 and not any("+" in run["commit"] for run in found.values())
+    assert len({(run["device"], json.dumps(run["versions"]), json.dumps(run["profile"], sort_keys=True)) for run in found.values()}) == 1
+
+
 def test_the_readmes_numbers_are_those_of_the_demo():
     text, demo = " ".join((RUNS.parents[2] / "README.md").read_text(encoding="utf-8").split()), RUNS.parent
     table = pd.read_csv(demo / "table_1.csv").query("Network == 'VarNet'").set_index("Pruning ratio")

@@ -576,7 +576,8 @@ def tell_plan(profile: Profile, out: Path, made_in: Path | None = None, data: st
     what = "all tables and figures" if len(reports) == len(paper_reports(profile)) else ", ".join(reports)
     told = [f"{profile.name}, {what}: {int(table['jobs'].sum())} jobs, {int(left.sum())} to do ({', '.join(f'{rule} {count}' for rule, count in left.items() if count)})",
             f"estimate: {told_time(table, gpu, counts)}; {known} of {int(left.sum())} from measured jobs"]
-    if known < left.sum():
+    runs = ["pretrain", "finetune"]
+    if table.loc[runs, "measured"].sum() < left[runs].sum():
         told[-1] += f", other runs with guessed seconds per step: {', '.join(f'{LABEL[name]} {seconds:g}' for name, seconds in GUESS.items() if name in profile.networks)}"
     if gpu and not known:
         told.append(f"at the paper's own pace, days of training on an RTX A6000 over the steps of the profile paper: {told_time(plan(profile, out, made_in, data, reports, paper_pace()), gpu, counts)}")

@@ -418,9 +418,10 @@ def inner_part(image: np.ndarray, inner: float, size: list[int]) -> tuple[slice,
     """Where a window of that size may begin so that it lies within the middle, `inner` of each side, of what is brighter than a tenth of the image's maximum."""
     places = []
     for axis, extent in enumerate(size):
-        bright = np.flatnonzero((image > 0.1 * image.max()).any(axis=1 - axis))
-        margin = int((1 - inner) / 2 * (bright[-1] - bright[0] + 1))
-        places.append(slice(bright[0] + margin, max(bright[-1] + 1 - margin - extent, bright[0] + margin) + 1))
+        bright = np.flatnonzero((image >= 0.1 * image.max()).any(axis=1 - axis))
+        margin, last = int((1 - inner) / 2 * (bright[-1] - bright[0] + 1)), image.shape[axis] - extent
+        first = min(bright[0] + margin, last)           # a small object at the edge: as near as the window goes
+        places.append(slice(first, min(max(bright[-1] + 1 - margin - extent, first), last) + 1))
     return tuple(places)
 
 

@@ -332,6 +332,9 @@ def test_the_enlarged_window_lies_in_the_middle_of_the_object():
     rows, columns = detail_window(image, 0.16, square=True, inner=0.45)
     assert rows.stop - rows.start == 16 and rows.start <= 48 and rows.stop >= 52 and 30 <= columns.start and columns.stop <= 70
     assert image[detail_window(image, 0.16)].max() == pytest.approx(2.4), "anywhere: the ring"
+    corner = np.zeros((64, 48))
+    corner[60:, 44:] = 1.0
+    assert all(part.stop <= side for part, side in zip(detail_window(corner, 0.16, square=True, inner=0.45), corner.shape)) and detail_window(np.zeros((64, 48)), inner=0.45)
     assert white_level(image) < 2 and white_level(np.zeros((4, 4))) == 1.0
 
 

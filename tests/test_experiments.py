@@ -162,6 +162,35 @@ def test_one_failing_job_does_not_stop_the_others(tmp_path, capfd):
     assert failing_cell(tmp_path / "1.ipynb") == ""
 
 
+def small_notebook(path):
+    cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("print('it ran')")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+@pytest.mark.parametrize("bad_starts", [1, 2])
+def test_a_kernel_that_does_not_start_is_started_once_more(bad_starts, tmp_path, monkeypatch):
+    starts = tmp_path / "starts"
+    kernel = f"import runpy, sys; from pathlib import Path; log = Path({str(starts)!r}); n = len(log.read_text()) if log.exists() else 0; log.write_text('x' * (n + 1)); " \
+             f"n < {bad_starts} and sys.exit(1); sys.argv.pop(0); runpy.run_module('ipykernel_launcher', run_name='__main__', alter_sys=True)"
+    spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": [sys.executable, "-c", kernel, "-", "-f", "{connection_file}"], "display_name": "unsteady", "language": "python"}), encoding="utf-8")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    outcome = run_job(Job("unsteady", small_notebook(tmp_path / "small.ipynb"), tmp_path / "out.ipynb"))
+    assert starts.read_text() == "xx"
+    assert outcome.state == ("done" if bad_starts == 1 else "failed")
+    assert bad_starts == 1 or outcome.error.startswith("RuntimeError: Kernel died before replying")
+
+
+def test_a_job_that_fails_in_a_cell_is_not_called_again(tmp_path):
+    notebook, log = small_notebook(tmp_path / "failing.ipynb"), tmp_path / "calls"
+    text = nbformat.read(notebook, as_version=4)
+    text.cells[1].source = f"open({str(log)!r}, 'a').write('x'); raise RuntimeError('Kernel died before replying')"
+    nbformat.write(text, notebook)
+    assert run_job(Job("failing", notebook, tmp_path / "out.ipynb")).state == "failed" and log.read_text() == "x"
+
+
 def test_a_kernel_that_was_killed_is_told_with_its_cell(tmp_path):
     cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("import os\nos.kill(os.getpid(), 9)")]
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}

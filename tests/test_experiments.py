@@ -410,7 +410,7 @@ def test_the_published_size_is_that_of_the_profile(shared):
 def sleeping(tmp_path: Path) -> Path:
     """A notebook that says it has begun and sleeps."""
     cells = [nbformat.v4.new_code_cell("began = ''", metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell("import os, pathlib, time\npathlib.Path(began).write_text(str(os.getpid()))\ntime.sleep(120)")]
+             nbformat.v4.new_code_cell("import os, pathlib, time\npathlib.Path(began).write_text(str(os.getpid()))\ntime.sleep(900)")]
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "sleep.ipynb")
     return tmp_path / "sleep.ipynb"
@@ -423,14 +423,14 @@ def test_interrupting_a_batch_ends_its_jobs_down_to_the_kernel(tmp_path):
               f"jobs = [Job(str(i), Path({str(notebook)!r}), Path({str(tmp_path)!r}) / f'{{i}}.ipynb', {{'began': {str(tmp_path)!r} + f'/began_{{i}}'}}) for i in range(3)]\n"
               "try:\n    run_jobs(jobs, workers=2)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n")
     batch = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while not all(path.is_file() and path.read_text() for path in began) and time.time() < deadline:
         time.sleep(0.2)
     kernels = [psutil.Process(int(path.read_text())) for path in began]
     family = psutil.Process(batch.pid).children(recursive=True)
     assert all(kernel in family for kernel in kernels) and len(family) >= 4, "two papermills, two kernels"
     batch.send_signal(signal.SIGINT)
-    told, _ = batch.communicate(timeout=60)
+    told, _ = batch.communicate(timeout=300)
     assert batch.returncode == 130, told
     gone, alive = psutil.wait_procs(family, timeout=10)
     assert not alive and not (tmp_path / "began_2").exists() and "failed" not in told
@@ -442,12 +442,12 @@ def test_the_command_line_ends_with_130_when_it_is_terminated(tmp_path):
     assert profile["workers"] == 2
     batch = subprocess.Popen([sys.executable, "-m", "spade.batch", "demo", "--network", "usrnet", "--profile", "smoke", "--out", str(tmp_path / "out")], cwd=ROOT,
                              env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline, family = time.time() + 90, []
+    deadline, family = time.time() + 300, []
     while len(family) < 2 and time.time() < deadline and batch.poll() is None:
         time.sleep(0.2)
         family = psutil.Process(batch.pid).children(recursive=True)
     batch.terminate()
-    _, errors = batch.communicate(timeout=60)
+    _, errors = batch.communicate(timeout=300)
     assert batch.returncode == 130 and "goes on from here" in errors, errors
     assert family and not psutil.wait_procs(family, timeout=10)[1]
 

@@ -211,7 +211,7 @@ def test_tissue_maps_are_found_from_an_empty_folder(tmp_path):
     code = "from spade.phantom import simulate; print(simulate('out', 1, 1, shape=(32, 32), num_coils=2, progress=False)[0].exists())"
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""},
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == "True", done.stderr
 
 

@@ -160,7 +160,7 @@ def start(folder: Path, pause: float) -> subprocess.Popen:
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (folder / "training.safetensors").exists():
         assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -178,7 +178,7 @@ def test_killed_run_goes_on_bit_by_bit(tmp_path):
     process.communicate()
     assert 0 < steps_done(tmp_path) < 12 and not (tmp_path / "end.pt").exists()
     second = start(tmp_path, pause=0)
-    assert second.wait(60) == 0, second.stderr.read()
+    assert second.wait(300) == 0, second.stderr.read()
     second.stderr.close()
     assert torch.equal(torch.load(tmp_path / "end.pt", weights_only=True), fitted(12))
 
@@ -188,7 +188,7 @@ def test_interrupted_run_leaves_a_checkpoint_of_the_step_it_finished(tmp_path):
     wait_for_checkpoint(tmp_path, process)
     time.sleep(0.35)  # past a checkpointed step
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode != 0 and "KeyboardInterrupt: stopped after step" in error
     done = steps_done(tmp_path)
     assert f"after step {done} of 12" in error
@@ -392,7 +392,7 @@ def test_accelerate_launch_on_two_processes_gives_the_loss_curve_of_one_with_the
                "--num_cpu_threads_per_process", "1", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), str(script)]
     # the launcher of several GPUs; with this variable its processes compute on the CPU and talk by gloo (`--cpu` would need MPI)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     curves = [json.loads((tmp_path / f"curve-{rank}.json").read_text()) for rank in (0, 1)]
     alone = tiny()

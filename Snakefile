@@ -83,6 +83,10 @@ onstart:
             pick_device(PROFILE.device)
         except ValueError as error:
             raise WorkflowError(str(error)) from None
+    # With its limit of jobs a second, Snakemake's scheduler looks once a second more often for each job that has ended; after a hundred that takes a tenth of a core. Another limit of the user's stays.
+    limit = workflow.scheduler.job_rate_limiter
+    if limit and (limit.max_jobs, limit.timespan) == (100, 1):
+        workflow.scheduler.job_rate_limiter = None
 
 
 # Files whose times tell whether a result is of today's settings and code; written now, since Snakemake soon notes what is there.

@@ -335,6 +335,17 @@ def gone(processes: list[psutil.Process], seconds: float = 20.0) -> list[psutil.
     return psutil.wait_procs([process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE], timeout=seconds)[1]
 
 
+@pytest.mark.parametrize("limit, looks_again", [([], False), (["--max-jobs-per-timespan", "50/1s"], True)])
+def test_the_scheduler_sleeps_between_jobs(project, monkeypatch, limit, looks_again):
+    """Snakemake's limit of jobs a second makes it look again and again, more often with each job that ended; it is lifted unless the user sets another."""
+    from snakemake.scheduler import JobScheduler
+    looks, look = [], JobScheduler._schedule_reevalutation
+    monkeypatch.setattr(JobScheduler, "_schedule_reevalutation", lambda self, delay: looks.append(delay) or look(self, delay))
+    small_notebook(project / "nbs" / "experiments" / "figure_6.ipynb", "from pathlib import Path; Path('begun').touch()")
+    snakemake("figure_6", *limit, partial="true")
+    assert (project / "begun").is_file() and bool(looks) == looks_again
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 @pytest.mark.parametrize("victim", ["snakemake", "spade.batch"])
 def test_no_job_outlives_the_process_that_began_it(project, victim):

@@ -20,9 +20,9 @@ sys.path.insert(0, workflow.basedir)      # spade of this checkout
 from snakemake.exceptions import WorkflowError
 
 from spade import batch
-from spade.files import content_key
+from spade.files import content_key, resolve
 from spade.phantom import VERSION
-from spade.profiles import as_plain, load_profile, pick_device, resolve
+from spade.profiles import as_plain, load_profile, pick_device
 
 workdir: workflow.basedir
 
@@ -59,7 +59,7 @@ RUNS, REPORTS = batch.paper_runs(PROFILE), batch.paper_reports(PROFILE)
 MADE = batch.read_runs(OUT)               # tells what memory and time to reserve
 GPU = {"gpu": 1} if batch.uses_gpu(PROFILE) else {}
 PYTHON = f"{sys.executable} -m spade.batch"
-CALL = f"{PYTHON} job --profile {PROFILE.name} --notebook {{params.notebook}} --output {{log.notebook:q}} --threads {{params.threads}} --gpus {{params.gpus}} --parameters {{params.parameters:q}}"
+CALL = f"{sys.executable} -m spade.jobs --notebook {{params.notebook}} --output {{log.notebook:q}} --threads {{params.threads}} --gpus {{params.gpus}} --parameters {{params.parameters:q}}"
 
 CORES = workflow.resource_settings.cores or 0         # none on a cluster
 

@@ -7,8 +7,9 @@ __version__ = "0.1.0"
 __all__ = ['finetune', 'load', 'prune', 'save']
 
 # %% ../nbs/40_spade.ipynb #c003
-from .checkpoint import load, save
-from .pruning import prune
-from .training import finetune
+import lazy_loader
 
+__getattr__, __dir__, _ = lazy_loader.attach(__name__, submod_attrs={"checkpoint": ["load", "save"], "pruning": ["prune"], "training": ["finetune"]}, submodules=[
+    "baselines", "batch", "checkpoint", "data", "espirit", "experiment", "figures", "files", "jobs", "kernels", "latency", "losses",
+    "metrics", "models", "operators", "paper", "phantom", "photos", "profiles", "pruning", "report", "sampling", "training"])
 _all_ = ["finetune", "load", "prune", "save"]

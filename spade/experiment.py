@@ -7,11 +7,11 @@ __all__ = ['MOST_CROPS', 'TEACHERS', 'NOT_IN_KEY', 'READ_BY_ALL', 'CRITERION', '
            'checksum', 'data_checksum', 'known_checksum', 'photo_files', 'photo_kernels', 'training_of', 'num_crops',
            'photo_datasets', 'datasets', 'training_set', 'before_set', 'files_of', 'measurement_facts', 'baselines',
            'validation_psnr', 'build_network', 'shipped_teacher', 'named_teacher', 'find_teacher', 'first_weights',
-           'load_teacher', 'loop_settings', 'strategy_settings', 'use_device', 'notebook_path', 'without_comments',
-           'code_cells', 'code_key', 'data_files', 'settings_of', 'run_key', 'known_code_key', 'settings_key', 'tidy',
-           'write_csv', 'displayable', 'write_images', 'picture_numbers', 'picture_batches', 'picture_images',
-           'training_curve', 'summarize', 'write_result', 'copy_checkpoint', 'clear_state', 'peak_memory_mb',
-           'is_complete', 'latency_networks', 'latency_key']
+           'load_teacher', 'loop_settings', 'strategy_settings', 'use_device', 'without_comments', 'code_cells',
+           'code_key', 'data_files', 'settings_of', 'run_key', 'known_code_key', 'settings_key', 'tidy', 'write_csv',
+           'displayable', 'write_images', 'picture_numbers', 'picture_batches', 'picture_images', 'training_curve',
+           'summarize', 'write_result', 'copy_checkpoint', 'clear_state', 'peak_memory_mb', 'is_complete',
+           'latency_networks', 'latency_key']
 
 # %% ../nbs/26_experiment.ipynb #c003
 import ast
@@ -35,15 +35,14 @@ from torch.utils.data import Dataset
 from . import checkpoint, phantom
 from .baselines import bicubic, cg_sense, tune_cg_sense, zero_filled
 from .data import Batch, MultiCoilSlices, find_files, loader, split_subjects
-from .files import atomic_write, content_key, read_json, write_json
+from .files import atomic_write, content_key, notebook_path, project_root, read_json, resolve, write_json
 from .kernels import read_kernels, test_kernels
 from .latency import device_name
 from .losses import STRATEGIES
 from .metrics import evaluate
 from .models import NETWORKS, USRNet, build
 from .photos import MeasurementCrops, PhotoCrops, Photographs, embedded_photos, find_photos
-from .profiles import (PHOTO_NETWORKS, STARTS, Photos, Profile, Training, as_plain, choose, pick_device, project_root,
-                            provenance, resolve)
+from .profiles import (PHOTO_NETWORKS, STARTS, Photos, Profile, Training, as_plain, choose, pick_device, provenance)
 from .pruning import prune
 from .sampling import effective_rate
 from .training import TrainingLog, derived_seed, move
@@ -356,14 +355,9 @@ def use_device(profile: Profile) -> torch.device:
 
 # %% ../nbs/26_experiment.ipynb #c085
 #: modules without influence on a run's numbers; `latency` has one on the notebook of that name alone
-NOT_IN_KEY: tuple[str, ...] = ("__init__", "_modidx", "paper", "report", "figures", "batch", "latency")
+NOT_IN_KEY: tuple[str, ...] = ("__init__", "_modidx", "paper", "report", "figures", "jobs", "batch", "latency")
 #: sections of a profile that have a part in a run's numbers, whatever the problem
 READ_BY_ALL: tuple[str, ...] = ("self_supervised", "mixed_precision")
-
-# %% ../nbs/26_experiment.ipynb #c086
-def notebook_path(name: str) -> Path:
-    """The experiment notebook `name`."""
-    return project_root() / "nbs" / "experiments" / f"{name}.ipynb"
 
 # %% ../nbs/26_experiment.ipynb #c088
 def without_comments(source: str) -> str:

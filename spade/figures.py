@@ -22,11 +22,11 @@ from torch import nn
 
 from .data import Batch
 from .experiment import Run, datasets, displayable, find_teacher, load_teacher, picture_batches, use_device
-from .files import atomic_write
+from .files import atomic_write, resolve
 from .latency import synchronize
 from .losses import STRATEGIES
 from .paper import LABEL, NAMED_RATIO
-from .profiles import Profile, resolve
+from .profiles import Profile
 from .report import COLORS, MRI_NETWORKS, PAGE, STYLE, image_psnr, read_runs, seeds_in_words, setting, setting_4, table_1
 from .training import move
 

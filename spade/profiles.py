@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STARTS', 'RANGES', 'PHOTO_NETWORKS', 'PACKAGES', 'choose', 'Simulation', 'Data', 'Sampling', 'Photos', 'Training',
            'Equivariance', 'Transfer', 'NetworkSettings', 'Latency', 'Profile', 'read_as', 'read_dataclass',
-           'project_root', 'resolve', 'profile_names', 'override', 'check_names', 'check_values', 'check_parts',
-           'load_profile', 'as_plain', 'commit', 'versions', 'pick_device', 'describe_device', 'provenance']
+           'profile_names', 'override', 'check_names', 'check_values', 'check_parts', 'load_profile', 'as_plain',
+           'commit', 'versions', 'pick_device', 'describe_device', 'provenance']
 
 # %% ../nbs/25_profiles.ipynb #c003
 import json
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import yaml
 
+from .files import project_root
 from .losses import LOSSES, STRATEGIES
 from .models import NETWORKS
 
@@ -219,21 +220,7 @@ def read_dataclass(kind: type, value: Any, key: str) -> Any:
         raise ValueError(f"{key} lacks {', '.join(missing)}")
     return kind(**{name: read_as(hints[name], part, f"{key}.{name}") for name, part in value.items()})
 
-# %% ../nbs/25_profiles.ipynb #c036
-def project_root(start: str | Path = ".") -> Path:
-    """The nearest folder from `start` upwards with profiles in `config/`; FileNotFoundError if there is none."""
-    package = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
-    for folder in [Path(start).resolve(), *Path(start).resolve().parents, package]:
-        if any((folder / "config").glob("*.yaml")):
-            return folder
-    raise FileNotFoundError(f"no folder config/ with profiles in {Path(start).resolve()} or above it")
-
 # %% ../nbs/25_profiles.ipynb #c037
-def resolve(path: str | Path) -> Path:
-    """`path` itself if it is absolute, otherwise from the project's root."""
-    return Path(path) if Path(path).is_absolute() else project_root() / path
-
-
 def profile_names() -> list[str]:
     """The profiles in `config/`, by name."""
     return sorted(path.stem for path in (project_root() / "config").glob("*.yaml"))

@@ -26,10 +26,10 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .experiment import Run, write_csv
-from .files import atomic_write, read_json
+from .files import atomic_write, read_json, resolve
 from .losses import STRATEGIES
 from .paper import LABEL, NAMED_RATIO, TABLE_ACCELERATION, paper_value
-from .profiles import STARTS, resolve
+from .profiles import STARTS
 
 # %% ../nbs/31_report.ipynb #c005
 def read_runs(out: str | Path) -> list[dict]:

@@ -18,9 +18,10 @@ import pytest
 import torch
 import yaml
 
-from spade.batch import Job, failing_cell, job_of, main, ready_teacher, report_jobs, run_job, run_jobs, students
+from spade.batch import job_of, main, ready_teacher, report_jobs, students
 from spade.experiment import (Run, acquisition_files, before_set, build_network, data_files, datasets, find_teacher, first_weights, is_complete, load_teacher, loop_settings,
                               measurement_facts, photo_datasets, photo_files, picture_batches, run_key, shipped_teacher, strategy_settings, tidy, training_of, training_set)
+from spade.jobs import Job, failing_cell, run_job, run_jobs
 from spade.metrics import evaluate
 from spade.photos import embedded_photos
 from spade.profiles import load_profile
@@ -418,7 +419,7 @@ def sleeping(tmp_path: Path) -> Path:
 
 def test_interrupting_a_batch_ends_its_jobs_down_to_the_kernel(tmp_path):
     notebook, began = sleeping(tmp_path), [tmp_path / f"began_{i}" for i in range(2)]
-    script = ("import signal, sys\nfrom pathlib import Path\nfrom spade.batch import Job, run_jobs\n"
+    script = ("import signal, sys\nfrom pathlib import Path\nfrom spade.jobs import Job, run_jobs\n"
               "signal.signal(signal.SIGINT, signal.default_int_handler)\n"       # a shell lets background jobs ignore it
               f"jobs = [Job(str(i), Path({str(notebook)!r}), Path({str(tmp_path)!r}) / f'{{i}}.ipynb', {{'began': {str(tmp_path)!r} + f'/began_{{i}}'}}) for i in range(3)]\n"
               "try:\n    run_jobs(jobs, workers=2)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n")

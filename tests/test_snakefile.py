@@ -22,10 +22,12 @@ import pytest
 import torch
 import yaml
 
-from spade.batch import (estimate, job_resources, known_code_key, main, minutes_on, minutes_to_reserve, own_gpu, paper_pace, paper_reports, paper_runs, plan, report_key, resources_by_rule,
-                         tell_plan, visible_gpus, write_resources)
+from spade.batch import (estimate, job_resources, known_code_key, main, minutes_on, minutes_to_reserve, paper_pace, paper_reports, paper_runs, plan, report_key, resources_by_rule,
+                         tell_plan, write_resources)
 from spade.experiment import Run, settings_key
 from spade.files import write_json
+from spade.jobs import main as run_job
+from spade.jobs import own_gpu, visible_gpus
 from spade.profiles import as_plain, load_profile
 from spade.training import read_state
 
@@ -160,7 +162,7 @@ def test_the_batch_simulates_where_no_acquisitions_are_named(project):
 
 def test_acquisitions_of_the_user_are_not_taken_for_photographs(project):
     told = snakemake("out/runs/usrnet-teacher-seed0/result.json", "out/runs/deq-R6-teacher-seed0/result.json", "-n", "-p", out="out")
-    photographs, acquisitions = (next(line for line in told.splitlines() if "spade.batch job" in line and f"network: {name}," in line) for name in ("usrnet", "deq"))
+    photographs, acquisitions = (next(line for line in told.splitlines() if "spade.jobs" in line and f"network: {name}," in line) for name in ("usrnet", "deq"))
     assert "acquisitions" not in photographs and "data: out/acquisitions" in acquisitions
 
 
@@ -347,7 +349,7 @@ def test_the_scheduler_sleeps_between_jobs(project, monkeypatch, limit, looks_ag
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-@pytest.mark.parametrize("victim", ["snakemake", "spade.batch"])
+@pytest.mark.parametrize("victim", ["snakemake", "spade.jobs"])
 def test_no_job_outlives_the_process_that_began_it(project, victim):
     """SIGKILL of one process alone: a job that trained on would do so beside the next batch."""
     small_notebook(project / "nbs" / "experiments" / "figure_6.ipynb", "from pathlib import Path; import time\nPath('begun').touch(); time.sleep(300)")
@@ -357,7 +359,7 @@ def test_no_job_outlives_the_process_that_began_it(project, victim):
             assert batch.poll() is None
             time.sleep(0.1)
         family = psutil.Process(batch.pid).children(recursive=True)
-        jobs_of_it = [process for process in family if "spade.batch" in process.cmdline()]
+        jobs_of_it = [process for process in family if "spade.jobs" in process.cmdline()]
         assert jobs_of_it and any("papermill" in " ".join(process.cmdline()) for process in family) and any("ipykernel" in " ".join(process.cmdline()) for process in family)
         os.kill(batch.pid if victim == "snakemake" else jobs_of_it[0].pid, signal.SIGKILL)
         left = gone(family)
@@ -367,7 +369,7 @@ def test_no_job_outlives_the_process_that_began_it(project, victim):
 
 
 def test_the_command_of_a_job_returns_1_on_failure(tmp_path, capsys):
-    assert main(["job", "--profile", "smoke", "--notebook", "nothing_like_it", "--output", str(tmp_path / "run.ipynb"), "--parameters", "{x: 1}"]) == 1
+    assert run_job(["--notebook", "nothing_like_it", "--output", str(tmp_path / "run.ipynb"), "--parameters", "{x: 1}"]) == 1
     told = capsys.readouterr().err
     assert "nothing_like_it.ipynb (x=1) failed" in told
 
@@ -457,7 +459,7 @@ def test_what_a_job_on_a_gpu_took(tmp_path):
 
 
 def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
-    code = "import sys; from spade.batch import own_gpu\nwith own_gpu(['0', '1'], sys.argv[1], pause=0.05) as gpu: print(gpu, flush=True); sys.stdin.read()"
+    code = "import sys; from spade.jobs import own_gpu\nwith own_gpu(['0', '1'], sys.argv[1], pause=0.05) as gpu: print(gpu, flush=True); sys.stdin.read()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with own_gpu(["0", "1"], tmp_path) as first:
         other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

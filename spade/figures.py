@@ -9,6 +9,7 @@ __all__ = ['INK', 'STRATEGY_CARDS', 'EVOLVING', 'CONTENTS', 'BLOCKS', 'DRAWN', '
            'made_on', 'index_page', 'write_index']
 
 # %% ../nbs/32_figures.ipynb #c003
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .experiment import Run, datasets, displayable, find_teacher, load_teacher, 
 from .files import atomic_write, resolve
 from .latency import synchronize
 from .losses import STRATEGIES
+from .models import NETWORKS
 from .paper import LABEL, NAMED_RATIO
 from .profiles import Profile
 from .report import COLORS, MRI_NETWORKS, PAGE, STYLE, image_psnr, read_runs, seeds_in_words, setting, setting_4, table_1
@@ -252,10 +254,12 @@ def lacking(out: Path, stem: str, paths: list[Path]) -> list[str]:
 def iterations_of(out: Path, network: str) -> str:
     """How long a network iterates, by the profile of its runs; empty where there is none."""
     profiles = [run["profile"]["networks"][network]["arguments"] for run in read_runs(out) if run["run"]["network"] == network and "networks" in run["profile"]]
-    if not profiles or "max_iterations" not in profiles[0]:
+    defaults = {name: parameter.default for name, parameter in inspect.signature(NETWORKS[network]).parameters.items()}
+    told = {**defaults, **(profiles[0] if profiles else {})}
+    if not profiles or "max_iterations" not in told:
         return ""
-    told = profiles[0]
-    return f"{LABEL[network]} stops at a relative distance of {told['tolerance']:g}, or after {told['max_iterations']} iterations; it was trained with {told['train_iterations']}. "
+    most = told["max_iterations"]
+    return f"{LABEL[network]} stops at a relative distance of {told['tolerance']:g}, or after {most} iterations; it was trained with {told['train_iterations'] or most}. "
 
 
 def figure_caption(out: str | Path, stem: str) -> str:

@@ -15,11 +15,11 @@ matplotlib.use("agg")
 from spade import figures  # noqa: E402
 from spade.data import Batch  # noqa: E402
 from spade.experiment import Run, write_csv, write_images  # noqa: E402
-from spade.files import write_json  # noqa: E402
+from spade.files import read_json, write_json  # noqa: E402
 from spade.losses import STRATEGIES  # noqa: E402
 from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups  # noqa: E402
-from spade.figures import evolution, evolutions, figure_1, figure_2, index_page, write_index  # noqa: E402
-from spade.profiles import load_profile  # noqa: E402
+from spade.figures import evolution, evolutions, figure_1, figure_2, figure_caption, index_page, write_index  # noqa: E402
+from spade.profiles import as_plain, load_profile  # noqa: E402
 from spade.report import (MRI_NETWORKS, caption_1, caption_3, caption_4, comparisons, comparisons_4, detail_window, each_seed, figure_3, figure_5, figure_7, figure_steps, for_print, image_psnr,  # noqa: E402
                           lost_over_seeds, mean_over_images, pick, printed_sizes, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, white_level, with_differences, won_back,
                           write_figure, write_table)
@@ -440,6 +440,24 @@ def test_the_index_calls_complete_what_is_complete(tmp_path):
     write_table(table_4(tmp_path), "", tmp_path / "table_4_usrnet")
     page = index_page(tmp_path)
     assert "In part: Table 4 (×2 without 4 of 35 numbers; ×3 without 4 of 35 numbers), Figure 5 (1 student missing)." in page and "Nothing of the paper" not in page
+
+
+@pytest.mark.parametrize("arguments, told", [({"max_iterations": 4, "tolerance": 0.01}, "a relative distance of 0.01, or after 4 iterations; it was trained with 4."),
+                                             ({"max_iterations": 9, "tolerance": 0.1, "train_iterations": 5}, "a relative distance of 0.1, or after 9 iterations; it was trained with 5.")])
+def test_a_caption_tells_iterations_where_a_profile_leaves_them_to_the_network(tmp_path, arguments, told):
+    write_run(tmp_path, Run("deq"), 30.0)
+    path = Run("deq").folder(tmp_path) / "result.json"
+    result = read_json(path)
+    write_json(path, {**result, "profile": {**result["profile"], "networks": {"deq": {"arguments": arguments}}}})
+    assert told in figure_caption(tmp_path, "figure_2")
+
+
+@pytest.mark.parametrize("profile", ["smoke", "demo", "gpu", "paper"])
+def test_every_profile_of_the_paper_has_captions(tmp_path, profile):
+    write_run(tmp_path, Run("deq"), 30.0)
+    path = Run("deq").folder(tmp_path) / "result.json"
+    write_json(path, {**read_json(path), "profile": as_plain(load_profile(profile))})
+    assert all(figure_caption(tmp_path, stem) for stem in ("figure_2", "figure_3", "figure_5"))
 
 
 # Figure 2 where there is no GPU, no folder of photographs, or an iteration more in one turn

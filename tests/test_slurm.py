@@ -118,7 +118,7 @@ def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
     student = Run("deq", 6, 0.40, "school")
     folders = [Path("out") / "runs" / run.name for run in (student.teacher, student)]
     command = [sys.executable, "-m", "snakemake", str(folders[1] / "result.json"), "out/latency/deq.json", "figure_1", "--configfile", "config/smoke.yaml", "--config", "results=out", "--workflow-profile", "config/slurm", "--latency-wait", "20",
-               "--default-resources", "slurm_partition=test", "mem_mb=500", "--set-resources", "latency:mem_mb=1500", "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"]
+               "--default-resources", "slurm_partition=test", "mem_mb=500", "--set-resources", "latency:mem_mb=1500", "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5", "--seconds-between-status-checks", "3"]
     done = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=900)
     submitted = re.findall(r"Job \d+ has been submitted with SLURM jobid", done.stdout + done.stderr)
     assert done.returncode == 1 and len(submitted) == 6, (done.stdout + done.stderr)[-4000:]

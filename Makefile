@@ -89,14 +89,15 @@ check-tests: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/python -m pytest -q --durations 10 -n 2 --dist loadfile --no-loadscope-reorder \
 	    tests/test_slurm.py tests/test_snakefile.py tests/test_experiments.py tests
 
-# Every experiment notebook, for every network, from data to figure. The folder is fresh, so nothing is skipped.
+# Every experiment notebook, for every network, from data to figure. The folder is fresh, so nothing is skipped. Photographs need nothing of MRI, so they go side by side.
 check-experiments: $(VENV)/.installed-dev
 	@echo "== experiments in the smoke profile"
-	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	@out=$$(mktemp -d); trap 'kill $$(jobs -p) 2>/dev/null || true; wait; rm -rf "$$out"' EXIT; \
+	$(BIN)/python -m spade.batch demo --network usrnet --profile smoke --out "$$out/results" & photographs=$$!; \
 	for network in varnet e2e-varnet deq; do \
 	    $(BIN)/python -m spade.batch demo --network $$network --profile smoke --data "$$out/data" --out "$$out/results"; \
 	done; \
-	$(BIN)/python -m spade.batch demo --network usrnet --profile smoke --out "$$out/results"; \
+	wait $$photographs; \
 	$(BIN)/snakemake "$$out/results/runs/varnet-R6-0.40-supervised-random-seed0/result.json" --configfile config/smoke.yaml --config results="$$out/results" acquisitions="$$out/data" --cores 2 --quiet rules progress; \
 	$(BIN)/snakemake all --configfile config/smoke.yaml --config partial=true results="$$out/results" acquisitions="$$out/data" --cores 2 --quiet rules progress
 

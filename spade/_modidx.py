@@ -233,6 +233,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'spade.jobs.notebook_job': ('jobs.html#notebook_job', 'spade/jobs.py'),
                             'spade.jobs.own_gpu': ('jobs.html#own_gpu', 'spade/jobs.py'),
                             'spade.jobs.parser': ('jobs.html#parser', 'spade/jobs.py'),
+                            'spade.jobs.read_parameters': ('jobs.html#read_parameters', 'spade/jobs.py'),
                             'spade.jobs.relative': ('jobs.html#relative', 'spade/jobs.py'),
                             'spade.jobs.run_job': ('jobs.html#run_job', 'spade/jobs.py'),
                             'spade.jobs.run_jobs': ('jobs.html#run_jobs', 'spade/jobs.py'),

@@ -255,9 +255,9 @@ def iterations_of(out: Path, network: str) -> str:
     """How long a network iterates, by the profile of its runs; empty where there is none."""
     profiles = [run["profile"]["networks"][network]["arguments"] for run in read_runs(out) if run["run"]["network"] == network and "networks" in run["profile"]]
     defaults = {name: parameter.default for name, parameter in inspect.signature(NETWORKS[network]).parameters.items()}
-    told = {**defaults, **(profiles[0] if profiles else {})}
-    if not profiles or "max_iterations" not in told:
+    if not profiles or "max_iterations" not in defaults:
         return ""
+    told = {**defaults, **profiles[0]}
     most = told["max_iterations"]
     return f"{LABEL[network]} stops at a relative distance of {told['tolerance']:g}, or after {most} iterations; it was trained with {told['train_iterations'] or most}. "
 

@@ -6,7 +6,7 @@
 __all__ = ['QUIET', 'KERNEL_SECONDS', 'PAPERMILL', 'NO_KERNEL', 'Job', 'relative', 'command', 'environment', 'name_cell',
            'begun_cells', 'failing_cell', 'last_cell', 'Outcome', 'end', 'Processes', 'drop_bars', 'call', 'no_kernel',
            'run_job', 'run_jobs', 'watch', 'visible_gpus', 'own_gpu', 'is_alive', 'is_snakemake', 'snakemakes',
-           'ended_with', 'notebook_job', 'termination_as_interrupt', 'parser', 'main']
+           'ended_with', 'notebook_job', 'termination_as_interrupt', 'parser', 'read_parameters', 'main']
 
 # %% ../nbs/27_jobs.ipynb #c003
 import argparse
@@ -306,9 +306,9 @@ def ended_with(parents: list[psutil.Process], processes: Processes, pause: float
         over.set()
 
 # %% ../nbs/27_jobs.ipynb #c127
-def notebook_job(notebook: str, output: Path, parameters: str, threads: int = 1, gpus: int = 0) -> int:
+def notebook_job(notebook: str, output: Path, parameters: dict[str, Any], threads: int = 1, gpus: int = 0) -> int:
     """One papermill call on its own; returns 0, or 1 after printing notebook, parameters and failing cell."""
-    job, processes = Job(notebook, notebook_path(notebook), output, yaml.safe_load(parameters)), Processes()
+    job, processes = Job(notebook, notebook_path(notebook), output, parameters), Processes()
     with ended_with(snakemakes(), processes), own_gpu(visible_gpus() if gpus else []) as gpu:
         if gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -345,12 +345,26 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/27_jobs.ipynb #c128a
+def read_parameters(text: str) -> dict[str, Any]:
+    """Parameters of a notebook, written as YAML; ValueError for anything else."""
+    try:
+        parameters = yaml.safe_load(text)
+    except yaml.YAMLError:
+        parameters = None
+    if not isinstance(parameters, dict):
+        raise ValueError(f"--parameters is {text!r}, expected names and values as YAML, such as '{{network: deq, ratio: 0.4}}'")
+    return parameters
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, 1 if the job failed, 130 if it was stopped."""
+    """The command line; returns 0, 1 if the job failed, 2 for parameters that are none, 130 if it was stopped."""
     options = parser().parse_args(arguments)
     try:
         with termination_as_interrupt():
-            return notebook_job(options.notebook, resolve(options.output), options.parameters, options.threads, options.gpus)
+            return notebook_job(options.notebook, resolve(options.output), read_parameters(options.parameters), options.threads, options.gpus)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"spade: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nspade: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -152,21 +152,20 @@ def test_a_student_without_a_teacher_says_how_to_make_one(tmp_path):
         find_teacher(Run("varnet", 6, 0.40, "school"), load_profile("smoke"), tmp_path)
 
 
+def small_notebook(path: Path, cell: str) -> Path:
+    """A notebook with the parameter x and one cell more."""
+    cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(cell)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
 def test_one_failing_job_does_not_stop_the_others(tmp_path, capfd):
-    cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("assert x != 2, 'x must not be 2'")]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "small.ipynb")
-    jobs = [Job(f"x={x}", tmp_path / "small.ipynb", tmp_path / f"{x}.ipynb", {"x": x}) for x in (1, 2, 3)]
+    notebook = small_notebook(tmp_path / "small.ipynb", "assert x != 2, 'x must not be 2'")
+    jobs = [Job(f"x={x}", notebook, tmp_path / f"{x}.ipynb", {"x": x}) for x in (1, 2, 3)]
     assert [outcome.state for outcome in run_jobs(jobs, workers=2)] == ["done", "failed", "done"]
     told = capfd.readouterr()
     assert "small.ipynb (x=2) failed" in told.out + told.err and "x must not be 2" in told.out + told.err
     assert failing_cell(tmp_path / "1.ipynb") == ""
-
-
-def small_notebook(path):
-    cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("print('it ran')")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-    return path
 
 
 @pytest.mark.parametrize("bad_starts", [1, 2])
@@ -178,25 +177,20 @@ def test_a_kernel_that_does_not_start_is_started_once_more(bad_starts, tmp_path,
     spec.parent.mkdir(parents=True)
     spec.write_text(json.dumps({"argv": [sys.executable, "-c", kernel, "-", "-f", "{connection_file}"], "display_name": "unsteady", "language": "python"}), encoding="utf-8")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    outcome = run_job(Job("unsteady", small_notebook(tmp_path / "small.ipynb"), tmp_path / "out.ipynb"))
+    outcome = run_job(Job("unsteady", small_notebook(tmp_path / "small.ipynb", "print(x)"), tmp_path / "out.ipynb"))
     assert starts.read_text() == "xx"
     assert outcome.state == ("done" if bad_starts == 1 else "failed")
     assert bad_starts == 1 or outcome.error.startswith("RuntimeError: Kernel died before replying")
 
 
 def test_a_job_that_fails_in_a_cell_is_not_called_again(tmp_path):
-    notebook, log = small_notebook(tmp_path / "failing.ipynb"), tmp_path / "calls"
-    text = nbformat.read(notebook, as_version=4)
-    text.cells[1].source = f"open({str(log)!r}, 'a').write('x'); raise RuntimeError('Kernel died before replying')"
-    nbformat.write(text, notebook)
+    log = tmp_path / "calls"
+    notebook = small_notebook(tmp_path / "failing.ipynb", f"open({str(log)!r}, 'a').write('x'); raise RuntimeError('Kernel died before replying')")
     assert run_job(Job("failing", notebook, tmp_path / "out.ipynb")).state == "failed" and log.read_text() == "x"
 
 
 def test_a_kernel_that_was_killed_is_told_with_its_cell(tmp_path):
-    cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("import os\nos.kill(os.getpid(), 9)")]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "killed.ipynb")
-    outcome = run_job(Job("killed", tmp_path / "killed.ipynb", tmp_path / "out.ipynb"))
+    outcome = run_job(Job("killed", small_notebook(tmp_path / "killed.ipynb", "import os\nos.kill(os.getpid(), 9)"), tmp_path / "out.ipynb"))
     assert outcome.state == "failed" and "]: import os" in outcome.error and "Kernel died" in outcome.error
 
 

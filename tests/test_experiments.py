@@ -155,7 +155,8 @@ def test_a_student_without_a_teacher_says_how_to_make_one(tmp_path):
 def small_notebook(path: Path, cell: str) -> Path:
     """A notebook with the parameter x and one cell more."""
     cells = [nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(cell)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
     return path
 
 

@@ -80,6 +80,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'spade.data.MultiCoilSlices.measurement': ('data.html#multicoilslices.measurement', 'spade/data.py'),
                             'spade.data.MultiCoilSlices.measurements': ('data.html#multicoilslices.measurements', 'spade/data.py'),
                             'spade.data.MultiCoilSlices.prepare': ('data.html#multicoilslices.prepare', 'spade/data.py'),
+                            'spade.data.MultiCoilSlices.read': ('data.html#multicoilslices.read', 'spade/data.py'),
                             'spade.data.MultiCoilSlices.shape': ('data.html#multicoilslices.shape', 'spade/data.py'),
                             'spade.data.Volume': ('data.html#volume', 'spade/data.py'),
                             'spade.data.cached_maps': ('data.html#cached_maps', 'spade/data.py'),

@@ -248,10 +248,12 @@ class MultiCoilSlices(Dataset):
         maps_folder: str | Path | bool | None = None, # of the cache; None: `maps` beside each file; False: no cache
         crop: int | None = None,        # rows of the image, H; None: as the file's header says
         espirit_settings: dict[str, Any] | None = None, # further arguments of `espirit`
+        memory: int = 0,                # bytes for items that are kept once they were read
     ):
         self.files, self.acquisition, self.seed = check_files(files), acquisition, seed
         self.sampling = dict(acceleration=acceleration, acs_fraction=acs_fraction, exact=exact)
         self.ground_truth, self.maps_folder, self.espirit_settings = ground_truth, maps_folder, dict(espirit_settings or {})
+        self.kept, self.memory = {}, memory
         check_espirit(self.espirit_settings)
         headers = [read_volume_header(path) for path in self.files]
         self.volumes = [cropped(volume, crop) for volume in headers if acquisition in (None, volume.acquisition)]
@@ -292,7 +294,8 @@ class MultiCoilSlices(Dataset):
         return dict(y=y / scale, mask=mask.reshape(1, -1, volume.columns), maps=maps,
                     file=volume.path.name, subject=volume.subject, slice=number, scale=scale)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def read(self, i: int) -> dict[str, Any]:
+        "The item from its file."
         volume, number = self.index[i]
         kspace = read_slice(volume, number)
         item = self.measurement(i, kspace)
@@ -300,10 +303,19 @@ class MultiCoilSlices(Dataset):
             item["x"] = coil_combine(crop_readout(kspace, volume.height), item["maps"]) / item["scale"]
         return item
 
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if i not in self.kept:
+            item = self.read(i)
+            size = sum(value.nbytes for value in item.values() if isinstance(value, Tensor))
+            if size > self.memory:
+                return item
+            self.kept[i], self.memory = item, self.memory - size
+        return dict(self.kept[i])
+
     def measurements(self) -> "MultiCoilSlices":
         "The same slices without reference: what may be used at test time."
         view = object.__new__(MultiCoilSlices)
-        view.__dict__.update(self.__dict__, ground_truth=False)
+        view.__dict__.update(self.__dict__, ground_truth=False, kept={})
         return view
 
     def prepare(self, progress: bool = True) -> "MultiCoilSlices":

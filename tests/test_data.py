@@ -141,6 +141,33 @@ def test_cached_and_fresh_maps_are_equal_and_workers_agree(files, tmp_path):
 
 # Splits
 
+def test_items_kept_in_memory_are_those_of_the_files(files, tmp_path):
+    own = [Path(shutil.copy(path, tmp_path)) for path in files]
+    fresh = MultiCoilSlices(files)
+    size = sum(value.nbytes for value in fresh[0].values() if isinstance(value, torch.Tensor))
+    keeping = MultiCoilSlices(own, memory=2 * size + 1)
+    for _ in range(2):
+        assert all(equal(keeping[i], fresh[i]) and torch.equal(keeping[i]["x"], fresh[i]["x"]) for i in range(len(fresh)))
+    assert sorted(keeping.kept) == [0, 1] and 0 <= keeping.memory < size  # not more than there is room for
+    assert "x" not in keeping.measurements()[0] and "x" in keeping[0]
+    keeping[0].pop("x")
+    assert "x" in keeping[0]  # what a caller does to an item stays with the caller
+    for path in own:
+        path.unlink()
+    assert equal(keeping[1], fresh[1])
+    with pytest.raises(FileNotFoundError):
+        keeping[2]
+
+
+def test_measurements_of_a_keeping_dataset_are_kept_apart(files):
+    keeping = MultiCoilSlices(files, memory=1 << 30)
+    items, measured = [keeping[i] for i in range(3)], keeping.measurements()
+    assert not measured.kept and all("x" not in measured[i] and equal(measured[i], items[i]) for i in range(3))
+    assert len(measured.kept) == 3 and all("x" in keeping[i] for i in range(3))
+    once = [batch.y for batch in loader(keeping, num_workers=2)]
+    assert all(torch.equal(y[0], keeping[i]["y"]) for i, y in enumerate(once))
+
+
 def test_a_subject_is_never_in_two_splits(files, tmp_path):
     "The original code splits by slice; here even two scans of one person stay together."
     twice = [change(path, tmp_path / f"{path.stem}_{scan}.h5", lambda file: None) for path in files for scan in "ab"]

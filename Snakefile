@@ -19,10 +19,11 @@ import yaml
 sys.path.insert(0, workflow.basedir)      # spade of this checkout
 from snakemake.exceptions import WorkflowError
 
-from spade import batch
-from spade.files import content_key, resolve
-from spade.phantom import VERSION
-from spade.profiles import as_plain, load_profile, pick_device
+from spade import workflow as batch
+from spade.basics import content_key
+from spade.files import resolve
+from spade.data.phantom import VERSION
+from spade.config import as_plain, load_profile, pick_device
 
 workdir: workflow.basedir
 
@@ -58,7 +59,7 @@ PARTIAL = str(config.get("partial", False)).lower() == "true"
 RUNS, REPORTS = batch.paper_runs(PROFILE), batch.paper_reports(PROFILE)
 MADE = batch.read_runs(OUT)               # tells what memory and time to reserve
 GPU = {"gpu": 1} if batch.uses_gpu(PROFILE) else {}
-PYTHON = f"{sys.executable} -m spade.batch"
+PYTHON = f"{sys.executable} -m spade.workflow"
 CALL = f"{sys.executable} -m spade.jobs --notebook {{params.notebook}} --output {{log.notebook:q}} --threads {{params.threads}} --gpus {{params.gpus}} --parameters {{params.parameters:q}}"
 
 CORES = workflow.resource_settings.cores or 0         # none on a cluster
@@ -228,7 +229,7 @@ for REPORT in REPORTS.values():
         shell: CALL
 
 
-# The page that shows them all; --keep-going leaves it out when one of them failed: then `python -m spade.batch index --profile PROFILE` makes it of what is there.
+# The page that shows them all; --keep-going leaves it out when one of them failed: then `python -m spade.workflow index --profile PROFILE` makes it of what is there.
 rule index:
     input: [f"{OUT}/{name}" for report in REPORTS.values() for name in report.files]
     output: f"{OUT}/index.md", f"{OUT}/resources.md", f"{OUT}/resources.csv"

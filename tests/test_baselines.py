@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from spade.baselines import bicubic, cg_sense, sweep_cg_sense, tune_cg_sense, zero_filled
-from spade.data import Batch
+from spade.metrics import bicubic, cg_sense, sweep_cg_sense, tune_cg_sense, zero_filled
+from spade.basics import Batch
 from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
 
 

@@ -16,7 +16,8 @@ import spade.checkpoint
 from spade.checkpoint import layer_widths, load, save
 from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import MultiCoilMRI, normalize_maps
-from spade.pruning import prune, randomize
+from spade.pruning import prune
+from spade.random_baseline import randomize
 
 NETWORKS = {"DEQ": lambda: DEQ(features=10, num_blocks=1, max_iterations=4, alpha=0.3), "VarNet": lambda: VarNet(num_cascades=2, channels=5, num_pools=2),
             "E2EVarNet": lambda: E2EVarNet(num_cascades=1, channels=5, num_pools=2, sens_channels=3, sens_num_pools=2)}

@@ -18,14 +18,16 @@ import pytest
 import torch
 
 import spade
-from spade.data import MultiCoilSlices, loader, split_subjects
-from spade.experiment import Run, datasets, loop_settings
+from spade.basics import loader
+from spade.data.fastmri import MultiCoilSlices, split_subjects
+from spade.runs import Run, datasets, loop_settings
 from spade.losses import LOSSES, make_strategy
 from spade.metrics import evaluate
 from spade.models import DEQ, VarNet
 from spade.operators import MultiCoilMRI
-from spade.phantom import simulate
-from spade.profiles import STARTS, Data, Latency, NetworkSettings, Photos, Sampling, Simulation, choose, load_profile, profile_names
+from spade.data.phantom import simulate
+from spade.basics import choose
+from spade.config import STARTS, Data, Latency, NetworkSettings, Photos, Sampling, Simulation, load_profile, profile_names
 from spade.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -318,5 +320,5 @@ def test_checkpoints_that_ship_are_different_and_load():
 
 
 def load_network(network: str, profile: str) -> torch.nn.Module:
-    from spade.experiment import build_network
+    from spade.runs import build_network
     return build_network(network, load_profile(profile))

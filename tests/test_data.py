@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from spade.data import BucketSampler, MultiCoilSlices, collate, find_files, loader, measurement_scale, split_subjects
+from spade.basics import BucketSampler, loader
+from spade.data.fastmri import MultiCoilSlices, collate, find_files, measurement_scale, split_subjects
 from spade.operators import MultiCoilMRI
-from spade.phantom import simulate
+from spade.data.phantom import simulate
 
 TENSORS = ("y", "mask", "maps")
 

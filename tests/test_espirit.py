@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from spade.espirit import espirit
+from spade.data.espirit import espirit
 from spade.operators import MultiCoilMRI, fft2c, ifft2c
-from spade.sampling import acs_lines, equispaced_mask
+from spade.operators import acs_lines, equispaced_mask
 
 FULLY_SAMPLED = ("brain_t1_4ch_ge", "brain_t1_4ch_mprage", "brain_16ch_96", "heart_cine_10ch", "brain_dwi_4ch_csm",
                  "brain_t1_8ch_alias") # the last: 168 of 256 columns, without gaps

@@ -18,13 +18,12 @@ import pytest
 import torch
 import yaml
 
-from spade.batch import job_of, main, ready_teacher, report_jobs, students
-from spade.experiment import (Run, acquisition_files, before_set, build_network, data_files, datasets, find_teacher, first_weights, is_complete, load_teacher, loop_settings,
-                              measurement_facts, photo_datasets, photo_files, picture_batches, run_key, shipped_teacher, strategy_settings, tidy, training_of, training_set)
+from spade.workflow import job_of, main, ready_teacher, report_jobs, students
+from spade.runs import Run, acquisition_files, before_set, build_network, data_files, datasets, find_teacher, first_weights, is_complete, load_teacher, loop_settings, measurement_facts, photo_datasets, photo_files, picture_batches, run_key, shipped_teacher, strategy_settings, tidy, training_of, training_set
 from spade.jobs import Job, failing_cell, run_job, run_jobs
 from spade.metrics import evaluate
-from spade.photos import embedded_photos
-from spade.profiles import load_profile
+from spade.data.photos import embedded_photos
+from spade.config import load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
@@ -208,7 +207,7 @@ def test_the_command_line_names_the_choices(arguments, message, capsys):
 
 
 def test_the_command_line_helps():
-    done = subprocess.run([sys.executable, "-m", "spade.batch", "--help"], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "spade.workflow", "--help"], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0 and "--network" in done.stdout
 
 
@@ -433,10 +432,10 @@ def test_interrupting_a_batch_ends_its_jobs_down_to_the_kernel(tmp_path):
 
 
 def test_the_command_line_ends_with_130_when_it_is_terminated(tmp_path):
-    """`python -m spade.batch` itself, terminated while its first job runs; nothing of it is left."""
+    """`python -m spade.workflow` itself, terminated while its first job runs; nothing of it is left."""
     profile = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
     assert profile["workers"] == 2
-    batch = subprocess.Popen([sys.executable, "-m", "spade.batch", "demo", "--network", "usrnet", "--profile", "smoke", "--out", str(tmp_path / "out")], cwd=ROOT,
+    batch = subprocess.Popen([sys.executable, "-m", "spade.workflow", "demo", "--network", "usrnet", "--profile", "smoke", "--out", str(tmp_path / "out")], cwd=ROOT,
                              env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline, family = time.time() + 300, []
     while len(family) < 2 and time.time() < deadline and batch.poll() is None:

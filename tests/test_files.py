@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spade.files import atomic_write, content_key, read_json, write_json
+from spade.basics import content_key
+from spade.files import atomic_write, read_json, write_json
 
 WRITES_FOREVER = """
 import sys, time

@@ -6,9 +6,8 @@ import pytest
 import torch
 from scipy.io import savemat
 
-import spade.kernels
-from spade.kernels import (camera_path, centre_of_mass, centred_grid, draw_path, gaussian_kernel, kernel_widths, motion_kernel, random_kernel,
-                           read_kernels)
+import spade.data.kernels
+from spade.data.kernels import camera_path, centre_of_mass, centred_grid, draw_path, gaussian_kernel, kernel_widths, motion_kernel, random_kernel, read_kernels
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -73,8 +72,8 @@ def test_random_kernels_are_of_both_kinds():
 
 
 def test_twelve_to_test_with():
-    kernels = spade.kernels.test_kernels()
-    assert kernels.shape == (12, 25, 25) and torch.equal(kernels, spade.kernels.test_kernels(0))
+    kernels = spade.data.kernels.test_kernels()
+    assert kernels.shape == (12, 25, 25) and torch.equal(kernels, spade.data.kernels.test_kernels(0))
     for kernel in kernels[:4]:
         small, large = kernel_widths(kernel)
         assert small == pytest.approx(large, abs=1e-4)
@@ -101,7 +100,7 @@ def cells(*matrices: np.ndarray) -> dict:
 
 
 def test_kernels_come_back_from_a_file(tmp_path):
-    kernels = spade.kernels.test_kernels()
+    kernels = spade.data.kernels.test_kernels()
     savemat(tmp_path / "cell.mat", cells(*kernels.double().numpy()))
     savemat(tmp_path / "array.mat", {"kernels": kernels.double().numpy()})
     for name in ("cell.mat", "array.mat"):
@@ -130,7 +129,7 @@ def test_damaged_files_are_named(tmp_path, damage):
 
 
 def test_a_file_cut_short_is_named(tmp_path):
-    savemat(tmp_path / "x.mat", cells(*spade.kernels.test_kernels().double().numpy()))
+    savemat(tmp_path / "x.mat", cells(*spade.data.kernels.test_kernels().double().numpy()))
     whole = (tmp_path / "x.mat").read_bytes()
     for length in (130, 200, 1000, len(whole) // 2, len(whole) - 5):
         (tmp_path / "x.mat").write_bytes(whole[:length])
@@ -145,7 +144,7 @@ def test_an_absent_file_is_named(tmp_path):
 
 def test_the_published_twelve(shared):
     "Four isotropic and four anisotropic Gaussians and four paths, as the notebook says; ours have the widths of their Gaussians."
-    kernels, ours = read_kernels(shared / "kernels" / "kernels_12.mat"), spade.kernels.test_kernels()
+    kernels, ours = read_kernels(shared / "kernels" / "kernels_12.mat"), spade.data.kernels.test_kernels()
     assert kernels.shape == (12, 25, 25) and torch.allclose(kernels.sum(dim=(1, 2)), torch.ones(12))
     for kernel, own in zip(kernels[:8], ours):
         assert kernel_widths(own) == pytest.approx(kernel_widths(kernel), abs=0.15) and max(map(abs, centre_of_mass(kernel))) < 1e-3

@@ -9,8 +9,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from spade.losses import (STRATEGIES, ALLOWED_SETTINGS, data_fidelity, default_loss, draw_rotation, equivariance, l1, loss_name, make_strategy, rotate, rotate_right, self_supervised_loss,
-                          smooth_l1, squared_error, ssim_l1_loss, ssim_loss)
+from spade.losses import STRATEGIES, ALLOWED_SETTINGS, data_fidelity, default_loss, draw_rotation, equivariance, l1, loss_name, make_strategy, rotate, rotate_right, self_supervised_loss, smooth_l1, squared_error, ssim_l1_loss, ssim_loss
 from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
 from spade.training import train

@@ -8,7 +8,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
-from spade.data import Batch
+from spade.basics import Batch
 from spade.metrics import evaluate, psnr, ssim
 from spade.operators import BlurDownsample, MultiCoilMRI
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.ndimage import convolve
 
-from spade.operators import (BlurDownsample, LinearOperator, MultiCoilMRI, adjoint_error, fft2c, fold, gradient_error, kernel_spectrum,
-                             linearity_error, normalize_maps, on_device, operator_norm)
+from spade.basics import on_device
+from spade.operators import BlurDownsample, LinearOperator, MultiCoilMRI, adjoint_error, fft2c, fold, gradient_error, kernel_spectrum, linearity_error, normalize_maps, operator_norm
 
 
 def random_complex(*shape: int, seed: int = 0, dtype: torch.dtype = torch.complex128) -> torch.Tensor:

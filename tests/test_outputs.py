@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from spade.batch import paper_reports, paper_runs
-from spade.experiment import Run
-from spade.profiles import load_profile
+from spade.workflow import paper_reports, paper_runs
+from spade.runs import Run
+from spade.config import load_profile
 
 RUNS = Path(__file__).resolve().parents[1] / "outputs" / "demo" / "runs"
 NETWORKS = [name for name in ("deq", "varnet", "e2e-varnet") if (RUNS / f"{name}-R6-teacher-seed0" / "result.json").is_file()]

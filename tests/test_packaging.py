@@ -96,7 +96,7 @@ def test_import_touches_no_network_and_no_project_file(tmp_path):
     code = ("import socket\n"
             "def refuse(*a, **k): raise AssertionError('network')\n"
             "socket.socket.connect = refuse\n"
-            "import spade, spade.batch, spade.report, spade.paper\n"
+            "import spade, spade.workflow, spade.tables, spade.paper\n"
             "print(spade.__version__)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

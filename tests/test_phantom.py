@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from spade.operators import ifft2c
-from spade.phantom import (Scan, acquire, coil_maps, crop_readout, draw_subject, head_tissues, load_tissue, object_level, open_images, pixel_grid,
-                           read_images, root_sum_of_squares, seeded, simulate, simulate_slices)
+from spade.basics import seeded
+from spade.data.phantom import Scan, acquire, coil_maps, draw_subject, head_tissues, load_tissue, object_level, open_images, pixel_grid, read_images, simulate, simulate_slices
+from spade.operators import crop_readout, root_sum_of_squares
 
 TINY = dict(num_subjects=2, slices_per_subject=2, shape=(32, 40), num_coils=3, progress=False)
 
@@ -68,7 +69,7 @@ def test_complete_files_are_kept_and_others_made_anew(tmp_path):
 def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     first = simulate(tmp_path, **TINY)[0]
     before = first.read_bytes()
-    monkeypatch.setattr("spade.phantom.ismrmrd_header", lambda *_: 1 / 0)
+    monkeypatch.setattr("spade.data.phantom.ismrmrd_header", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         simulate(tmp_path, **TINY | {"seed": 1})
     assert first.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
@@ -208,7 +209,7 @@ def test_real_complex_images_of_an_even_by_even_and_a_resampled_size(shared, tmp
 
 
 def test_tissue_maps_are_found_from_an_empty_folder(tmp_path):
-    code = "from spade.phantom import simulate; print(simulate('out', 1, 1, shape=(32, 32), num_coils=2, progress=False)[0].exists())"
+    code = "from spade.data.phantom import simulate; print(simulate('out', 1, 1, shape=(32, 32), num_coils=2, progress=False)[0].exists())"
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""},
                           capture_output=True, text=True, timeout=600)

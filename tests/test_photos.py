@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from scipy.ndimage import convolve
 
-import spade.kernels
-from spade.data import loader
+import spade.data.kernels
+from spade.basics import loader
 from spade.operators import BlurDownsample
-from spade.photos import (MeasurementCrops, PhotoCrops, Photographs, collate, embedded_photos, find_photos, measure, photo_size, preimage, read_photo)
+from spade.data.photos import MeasurementCrops, PhotoCrops, Photographs, collate, embedded_photos, find_photos, measure, photo_size, preimage, read_photo
 
-KERNELS = spade.kernels.test_kernels(size=9)
+KERNELS = spade.data.kernels.test_kernels(size=9)
 
 
 def picture(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
@@ -191,7 +191,7 @@ def test_workers_change_nothing(folder):
     (lambda files: Photographs(files[0]), TypeError, "files must be a list of image files"),
     (lambda files: Photographs([]), ValueError, "at least one image file"),
     (lambda files: Photographs(iter([])), ValueError, "at least one image file"),
-    (lambda files: Photographs(files, (2,), spade.kernels.test_kernels(size=51)), ValueError, "photo0.png has 40×50 pixels, smaller than"),
+    (lambda files: Photographs(files, (2,), spade.data.kernels.test_kernels(size=51)), ValueError, "photo0.png has 40×50 pixels, smaller than"),
     (lambda files: Photographs(files, tile=45), ValueError, "photo0.png has 40×50 pixels, smaller than the 45×45 of the tile"),
     (lambda files: Photographs(files, tile=20), ValueError, "tile must be at least 26 pixels, for the largest kernel and scale, found 20"),
     (lambda files: Photographs(files, tile=32.0), TypeError, "tile must be a whole number of pixels, found 32.0"),
@@ -309,7 +309,7 @@ def test_the_folders_by_name(shared, name, count):
 
 
 def test_cbsd68_with_the_published_kernels(shared):
-    kernels = spade.kernels.read_kernels(shared / "kernels" / "kernels_12.mat")
+    kernels = spade.data.kernels.read_kernels(shared / "kernels" / "kernels_12.mat")
     data = Photographs(find_photos(shared / "natural" / "CBSD68"), (2, 3, 4), kernels)
     assert len(data) == 3 * 68 and {data.bucket(i)[0] for i in range(len(data))} == {2, 3, 4}
     item = data[20]

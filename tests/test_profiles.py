@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spade.profiles import (PHOTO_NETWORKS, Data, Equivariance, Latency, NetworkSettings, Photos, Profile, Sampling, Simulation, Training, choose, commit,
-                            load_profile, profile_names, project_root, provenance, versions)
+from spade.basics import choose
+from spade.config import PHOTO_NETWORKS, Data, Equivariance, Latency, NetworkSettings, Photos, Profile, Sampling, Simulation, Training, commit, load_profile, profile_names, provenance, versions
+from spade.files import project_root
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (Profile, Data, Photos, Simulation, Sampling, NetworkSettings, Training, Equivariance, Latency)
@@ -153,7 +154,7 @@ def test_what_is_passed_on_whole_is_what_the_loop_takes():
 
 
 def test_constructor_arguments_are_known_to_the_networks():
-    from spade.experiment import build_network
+    from spade.runs import build_network
     for name in ("smoke", "demo"):
         profile = load_profile(name)
         for network in profile.networks:

@@ -11,7 +11,8 @@ from torch import nn
 from spade.checkpoint import load, save
 from spade.models import DEQ, E2EVarNet, USRNet, VarNet
 from spade.operators import MultiCoilMRI
-from spade.pruning import count_macs, count_parameters, prune, randomize, width_after
+from spade.pruning import count_macs, count_parameters, prune, width_after
+from spade.random_baseline import randomize
 
 RATIOS = (0.05, 0.10, 0.20, 0.40)
 COUNTS = {DEQ: (999_428, 878_644, 793_159, 635_311, 353_328),

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import spade
-from spade.baselines import cg_sense, zero_filled
-from spade.data import Batch, MultiCoilSlices, collate, header_numbers, loader, measured_columns
+from spade.metrics import cg_sense, zero_filled
+from spade.basics import Batch, loader
+from spade.data.fastmri import MultiCoilSlices, collate, header_numbers, measured_columns
 from spade.losses import self_supervised_loss
 from spade.metrics import evaluate, psnr
 from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import MultiCoilMRI, fft2c, ifft2c
-from spade.phantom import ismrmrd_header
+from spade.data.phantom import ismrmrd_header
 
 FULLY_SAMPLED = {"brain_t1_4ch_ge": 4, "brain_t1_4ch_mprage": 4, "brain_16ch_96": 16, "heart_cine_10ch": 10}
 NETWORKS = {"deq": lambda: DEQ(features=8, num_blocks=1, max_iterations=20, gradient="jacobian-free"), "varnet": lambda: VarNet(2, 6, 2), "e2e-varnet": lambda: E2EVarNet(2, 6, 2, 4, 2)}

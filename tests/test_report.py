@@ -13,16 +13,14 @@ import torch
 matplotlib.use("agg")
 
 from spade import figures  # noqa: E402
-from spade.data import Batch  # noqa: E402
-from spade.experiment import Run, write_csv, write_images  # noqa: E402
-from spade.files import read_json, write_json  # noqa: E402
-from spade.losses import STRATEGIES  # noqa: E402
-from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups  # noqa: E402
-from spade.figures import evolution, evolutions, figure_1, figure_2, figure_caption, index_page, write_index  # noqa: E402
-from spade.profiles import as_plain, load_profile  # noqa: E402
-from spade.report import (MRI_NETWORKS, caption_1, caption_3, caption_4, comparisons, comparisons_4, detail_window, each_seed, figure_3, figure_5, figure_7, figure_steps, for_print, image_psnr,  # noqa: E402
-                          lost_over_seeds, mean_over_images, pick, printed_sizes, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, white_level, with_differences, won_back,
-                          write_figure, write_table)
+from spade.basics import Batch
+from spade.runs import Run, write_csv, write_images
+from spade.files import read_json, write_json
+from spade.losses import STRATEGIES
+from spade.paper import NAMED_RATIO, paper_numbers, paper_value, recomputed_speed_ups
+from spade.figures import evolution, evolutions, figure_1, figure_2, figure_caption, index_page, write_index
+from spade.config import as_plain, load_profile
+from spade.tables import MRI_NETWORKS, caption_1, caption_3, caption_4, comparisons, comparisons_4, detail_window, each_seed, figure_3, figure_5, figure_7, figure_steps, for_print, image_psnr, lost_over_seeds, mean_over_images, pick, printed_sizes, read_curve, read_images, read_metrics, read_runs, report_name, setting_4, table_1, table_3, table_4, to_latex, to_markdown, white_level, with_differences, won_back, write_figure, write_table
 
 
 def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0, seeds: tuple[int, ...] = (0,)) -> None:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from spade.sampling import acs_lines, describe_sampling, effective_rate, equispaced_mask
+from spade.operators import acs_lines, describe_sampling, effective_rate, equispaced_mask
 
 
 @pytest.mark.parametrize("width", (96, 128, 320, 367, 368))

@@ -15,7 +15,7 @@ import nbformat
 import psutil
 import pytest
 
-from spade.experiment import Run
+from spade.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "sbatch", "srun")

@@ -22,13 +22,13 @@ import pytest
 import torch
 import yaml
 
-from spade.batch import (estimate, job_resources, known_code_key, main, minutes_on, minutes_to_reserve, paper_pace, paper_reports, paper_runs, plan, report_key, resources_by_rule,
-                         tell_plan, write_resources)
-from spade.experiment import Run, settings_key
+from spade.runs import known_code_key
+from spade.workflow import estimate, job_resources, main, minutes_on, minutes_to_reserve, paper_pace, paper_reports, paper_runs, plan, report_key, resources_by_rule, tell_plan, write_resources
+from spade.runs import Run, settings_key
 from spade.files import write_json
 from spade.jobs import main as run_job
 from spade.jobs import own_gpu, visible_gpus
-from spade.profiles import as_plain, load_profile
+from spade.config import as_plain, load_profile
 from spade.training import read_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -274,7 +274,7 @@ def test_other_weights_of_a_shipped_teacher_make_another_key(monkeypatch, tmp_pa
     key = settings_key(run, demo)
     changed = tmp_path / "teacher.safetensors"
     changed.write_bytes(b"other weights")
-    monkeypatch.setattr("spade.experiment.first_weights", lambda run, profile: changed)
+    monkeypatch.setattr("spade.runs.first_weights", lambda run, profile: changed)
     assert settings_key(run, demo) != key
 
 

@@ -22,7 +22,8 @@ from spade.losses import Strategy, l1, make_strategy, ssim_l1_loss
 from spade.models import DEQ, DivergenceError, E2EVarNet, VarNet
 from spade.operators import MultiCoilMRI, normalize_maps
 from spade.pruning import prune
-from spade.training import epoch_batches, finetune, own_randomness, train
+from spade.basics import own_randomness
+from spade.training import epoch_batches, finetune, train
 
 
 class Batch(NamedTuple):
@@ -307,8 +308,8 @@ def test_every_network_with_every_strategy_and_precision(network, strategy, prec
 
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory):
-    from spade.data import MultiCoilSlices
-    from spade.phantom import simulate
+    from spade.data.fastmri import MultiCoilSlices
+    from spade.data.phantom import simulate
     folder = tmp_path_factory.mktemp("scans")
     files = simulate(folder, num_subjects=2, slices_per_subject=2, shape=(64, 64), num_coils=4, seed=0, progress=False)
     return MultiCoilSlices(files, acceleration=4, acs_fraction=0.2)
@@ -491,7 +492,7 @@ def test_finetune_hands_every_setting_to_the_strategy_and_refuses_those_of_anoth
 
 
 class Own(Slices):
-    """A dataset with what spade.data.loader asks for, and no more."""
+    """A dataset with what spade.basics.loader asks for, and no more."""
     def bucket(self, i):
         return (16,)
 
@@ -500,7 +501,7 @@ class Own(Slices):
 
 
 def test_a_dataset_that_the_loader_accepts_can_be_trained_on():
-    from spade.data import loader
+    from spade.basics import loader
     assert len(list(loader(Own(), batch_size=2))) == 3
     assert len(fit(tiny(), 3, data=Own(), batch_size=2).losses) == 3
     assert torch.equal(fitted(6, data=Own()), fitted(6, data=Own()))
@@ -512,7 +513,7 @@ def test_four_plain_values_are_a_batch():
 
 
 @pytest.mark.parametrize("data, said", [
-    (lambda: [tuple(batches(1)[0])[:3]], "data gives 3 values in place of a batch, expected spade.data.Batch"), (lambda: [batches(1)[0].y], "data gives a Tensor in place"),
+    (lambda: [tuple(batches(1)[0])[:3]], "data gives 3 values in place of a batch, expected spade.basics.Batch"), (lambda: [batches(1)[0].y], "data gives a Tensor in place"),
     (lambda: [batches(1)[0]._asdict()], "data gives a dict in place of a batch"), (lambda: tuple(batches(1)[0]), "data gives a Tensor in place"),
     (lambda: batches(1)[0], r"data is a single Batch, expected a collection of them, such as the list \[batch\]"), (lambda: None, "data is None, expected a dataset of spade.data"),
     (lambda: 3, "data is 3, expected a dataset")])
@@ -543,7 +544,7 @@ def test_data_that_are_not_finite_are_blamed_and_not_the_learning_rate(strategy,
 
 
 def test_a_batch_stays_where_it_is_when_it_is_moved():
-    from spade.training import move
+    from spade.basics import move
     batch = batches(1)[0]
     moved = move(batch, torch.device("meta"))
     assert moved.y.is_meta and moved.A.maps.is_meta and moved.A is not batch.A and moved.info == batch.info

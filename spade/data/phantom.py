@@ -25,40 +25,46 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..basics import content_key
+from ..basics import content_key, seeded
 from ..files import atomic_write
-from ..basics import seeded
 from ..operators import crop_readout, fft2c, ifft2c, root_sum_of_squares
 
 # %% ../../nbs/data/22_phantom.ipynb #c007
 class Tissue(NamedTuple):
-    "Probabilities of white and grey matter, and the distance outside the brain, on a grid of `spacing` mm."
-    white: Tensor   # float32 `(Z, Y, X)` in [0, 1]
-    grey: Tensor    # float32 `(Z, Y, X)` in [0, 1]
-    outside: Tensor # float32 `(Z, Y, X)`, mm from the brain's hull; 0 inside it
-    spacing: tuple[float, float, float] = (2.0, 1.0, 1.0) # mm along Z (feet to head), Y (back to front), X (left to right)
+    """Probabilities of white and grey matter, and the distance outside the brain, on a grid of `spacing` mm."""
+
+    white: Tensor  # float32 `(Z, Y, X)` in [0, 1]
+    grey: Tensor  # float32 `(Z, Y, X)` in [0, 1]
+    outside: Tensor  # float32 `(Z, Y, X)`, mm from the brain's hull; 0 inside it
+    spacing: tuple[float, float, float] = (
+        2.0,
+        1.0,
+        1.0,
+    )  # mm along Z (feet to head), Y (back to front), X (left to right)
 
 # %% ../../nbs/data/22_phantom.ipynb #c009
 def load_tissue() -> Tissue:
-    "The tissue maps that ship with the package, made from the MNI ICBM152 2009 template."
+    """The tissue maps that ship with the package, made from the MNI ICBM152 2009 template."""
     asset = importlib.resources.files("spade") / "assets" / "tissue.h5"
     with importlib.resources.as_file(asset) as path, h5py.File(path, "r") as file:
-        white, grey, outside = (torch.from_numpy(file[name][()].astype(np.float32)) for name in ("white", "grey", "outside"))
+        white, grey, outside = (
+            torch.from_numpy(file[name][()].astype(np.float32)) for name in ("white", "grey", "outside")
+        )
     return Tissue(white / 255, grey / 255, outside)
 
 # %% ../../nbs/data/22_phantom.ipynb #c014
 def uniform(low: float, high: float, generator: torch.Generator, size: Sequence[int] = ()) -> Tensor:
-    "Random numbers between `low` and `high`."
+    """Random numbers between `low` and `high`."""
     return low + (high - low) * torch.rand(tuple(size), generator=generator)
 
 # %% ../../nbs/data/22_phantom.ipynb #c017
 def smooth_field(
-    shape: Sequence[int],       # size of the grid, any number of axes
-    length: Sequence[float],    # standard deviation of the Gaussian filter along each axis, in grid points
+    shape: Sequence[int],  # size of the grid, any number of axes
+    length: Sequence[float],  # standard deviation of the Gaussian filter along each axis, in grid points
     generator: torch.Generator,
     channels: int = 1,
-) -> Tensor:                    # float32 `(channels, *shape)`, mean 0, standard deviation 1
-    "White noise filtered by a Gaussian: a random smooth field."
+) -> Tensor:  # float32 `(channels, *shape)`, mean 0, standard deviation 1
+    """White noise filtered by a Gaussian: a random smooth field."""
     axes = tuple(range(1, 1 + len(shape)))
     spectrum = torch.fft.fftn(torch.randn(channels, *shape, generator=generator), dim=axes)
     for axis, (size, sigma) in enumerate(zip(shape, length, strict=True), start=1):
@@ -69,57 +75,68 @@ def smooth_field(
 
 # %% ../../nbs/data/22_phantom.ipynb #c022
 def pixel_size(
-    shape: Sequence[int],   # (rows, columns) of the image
-    field_of_view: float = 230.0, # mm, of the shorter side: the head always fits
+    shape: Sequence[int],  # (rows, columns) of the image
+    field_of_view: float = 230.0,  # mm, of the shorter side: the head always fits
 ) -> float:
-    "The side of a pixel in mm."
+    """The side of a pixel in mm."""
     return field_of_view / min(shape)
 
 
 def pixel_grid(shape: Sequence[int], z: float, step: float) -> Tensor:
-    "Positions `(H, W, 3)` of the pixels of the axial slice at height `z`, as (z, y, x) in mm; row 0 is the forehead."
+    """Positions `(H, W, 3)` of the pixels of the axial slice at height `z`, as (z, y, x) in mm; row 0 is the forehead."""
     rows, columns = (torch.arange(size, dtype=torch.float32) - size // 2 for size in shape)
     y, x = torch.meshgrid(-rows * step, columns * step, indexing="ij")
     return torch.stack([torch.full_like(x, z), y, x], dim=-1)
 
 # %% ../../nbs/data/22_phantom.ipynb #c025
 def look_up(volume: Tensor, position: Tensor, spacing: Sequence[float]) -> Tensor:
-    "Trilinear samples `(channels, H, W)` of `(channels, Z, Y, X)` at positions `(H, W, 3)`, mm from its centre."
+    """Trilinear samples `(channels, H, W)` of `(channels, Z, Y, X)` at positions `(H, W, 3)`, mm from its centre."""
     half = torch.tensor([(size - 1) * step / 2 for size, step in zip(volume.shape[1:], spacing, strict=True)])
-    grid = (position / half).flip(-1)[None, None] # grid_sample wants (x, y, z) in [-1, 1]
+    grid = (position / half).flip(-1)[None, None]  # grid_sample wants (x, y, z) in [-1, 1]
     return F.grid_sample(volume[None], grid, padding_mode="border", align_corners=True)[0, :, 0]
 
 # %% ../../nbs/data/22_phantom.ipynb #c028
-LATTICE = (30, 60, 52) # grid of 5 mm on which a subject's smooth fields are drawn: 150 x 300 x 260 mm
-LATTICE_STEP = 5.0     # mm
+LATTICE = (30, 60, 52)  # grid of 5 mm on which a subject's smooth fields are drawn: 150 x 300 x 260 mm
+LATTICE_STEP = 5.0  # mm
 
 
 class Subject(NamedTuple):
-    "What is drawn once per subject: shape of the head, tissue contrast, lesions."
-    affine: Tensor        # `(3, 3)`: scanner mm to template mm
+    """What is drawn once per subject: shape of the head, tissue contrast, lesions."""
+
+    affine: Tensor  # `(3, 3)`: scanner mm to template mm
     displacement: Tensor  # `(3, *LATTICE)`, mm
-    individuality: Tensor # `(4, *LATTICE)`: noise on the log-probabilities of three tissues, and on the skull's distance
+    individuality: (
+        Tensor  # `(4, *LATTICE)`: noise on the log-probabilities of three tissues, and on the skull's distance
+    )
     signal: dict[str, float]
-    layers: Tensor        # `(4,)`: mm from the brain to inner table, marrow, outer table, scalp
-    scalp: float          # thickness of the scalp, mm
-    lesions: Tensor       # `(n, 4)`: position in template mm, radius in mm
+    layers: Tensor  # `(4,)`: mm from the brain to inner table, marrow, outer table, scalp
+    scalp: float  # thickness of the scalp, mm
+    lesions: Tensor  # `(n, 4)`: position in template mm, radius in mm
 
 # %% ../../nbs/data/22_phantom.ipynb #c030
 # Tissue: (proton density relative to water, T1 in ms, T2 in ms)
-RELAXATION = {"white": (0.70, 1084, 69), "grey": (0.82, 1820, 99), "fluid": (1.00, 4200, 1500),
-              "marrow": (0.50, 600, 60), "scalp": (0.85, 400, 85), "lesion": (0.85, 1800, 190)}
+RELAXATION = {
+    "white": (0.70, 1084, 69),
+    "grey": (0.82, 1820, 99),
+    "fluid": (1.00, 4200, 1500),
+    "marrow": (0.50, 600, 60),
+    "scalp": (0.85, 400, 85),
+    "lesion": (0.85, 1800, 190),
+}
 
 
 def draw_signal(generator: torch.Generator) -> dict[str, float]:
-    "Signal of each tissue, PD·(1 - exp(-TR / T1))·exp(-TE / T2): TR 4.5 to 6 s, TE 85 to 115 ms, T2 ±4 % (one standard deviation)."
+    """Signal of each tissue, PD·(1 - exp(-TR / T1))·exp(-TE / T2): TR 4.5 to 6 s, TE 85 to 115 ms, T2 ±4 % (one standard deviation)."""
     repetition, echo = uniform(4500, 6000, generator).item(), uniform(85, 115, generator).item()
     spread = 1 + 0.04 * torch.randn(len(RELAXATION), generator=generator).clamp(-2, 2)
-    return {tissue: density * (1 - math.exp(-repetition / t1)) * math.exp(-echo / (t2 * factor))
-            for (tissue, (density, t1, t2)), factor in zip(RELAXATION.items(), spread.tolist(), strict=True)}
+    return {
+        tissue: density * (1 - math.exp(-repetition / t1)) * math.exp(-echo / (t2 * factor))
+        for (tissue, (density, t1, t2)), factor in zip(RELAXATION.items(), spread.tolist(), strict=True)
+    }
 
 # %% ../../nbs/data/22_phantom.ipynb #c035
 def draw_affine(generator: torch.Generator) -> Tensor:
-    "Size ±9 %, rotation ±10° in the slice and ±8° out of it, mirrored half of the time: a `(3, 3)` matrix."
+    """Size ±9 %, rotation ±10° in the slice and ±8° out of it, mirrored half of the time: a `(3, 3)` matrix."""
     scale = torch.diag(1 / uniform(0.91, 1.09, generator, (3,)))
     scale[2, 2] *= 1 if torch.rand((), generator=generator) < 0.5 else -1
     angles = torch.tensor([10.0, 8.0, 8.0]).deg2rad() * uniform(-1, 1, generator, (3,))
@@ -129,7 +146,7 @@ def draw_affine(generator: torch.Generator) -> Tensor:
 
 # %% ../../nbs/data/22_phantom.ipynb #c038
 def draw_lesions(generator: torch.Generator) -> Tensor:
-    "Small lesions in half of the subjects, a large one in every sixth: `(n, 4)`, position and radius in mm."
+    """Small lesions in half of the subjects, a large one in every sixth: `(n, 4)`, position and radius in mm."""
     small = int(torch.randint(1, 9, (), generator=generator)) if torch.rand((), generator=generator) < 0.5 else 0
     large = int(torch.rand((), generator=generator) < 1 / 6)
     radius = torch.cat([uniform(1.5, 5, generator, (small, 1)), uniform(8, 16, generator, (large, 1))])
@@ -138,14 +155,16 @@ def draw_lesions(generator: torch.Generator) -> Tensor:
 
 # %% ../../nbs/data/22_phantom.ipynb #c040
 def draw_subject(seed: int, number: int) -> Subject:
-    "Everything about subject `number` that does not depend on the scanner. The same arguments give the same subject."
+    """Everything about subject `number` that does not depend on the scanner. The same arguments give the same subject."""
     generator = seeded("subject", seed, number)
     coarse = smooth_field(LATTICE, [8.0] * 3, generator, 3) * 3.0
     fine = smooth_field(LATTICE, [1.6] * 3, generator, 3) * 1.3
     return Subject(
         affine=draw_affine(generator),
         displacement=coarse + fine,
-        individuality=torch.cat([smooth_field(LATTICE, [0.9] * 3, generator, 3), smooth_field(LATTICE, [5.0] * 3, generator)]),
+        individuality=torch.cat(
+            [smooth_field(LATTICE, [0.9] * 3, generator, 3), smooth_field(LATTICE, [5.0] * 3, generator)]
+        ),
         signal=draw_signal(generator),
         layers=1 + torch.cumsum(uniform(0.7, 1.3, generator, (4,)) * torch.tensor([1.6, 1.6, 2.4, 1.6]), 0),
         scalp=float(uniform(3, 7, generator)),
@@ -153,8 +172,10 @@ def draw_subject(seed: int, number: int) -> Subject:
     )
 
 # %% ../../nbs/data/22_phantom.ipynb #c044
-def brain_tissues(tissue: Tissue, subject: Subject, template: Tensor, scanner: Tensor, sharpness: float = 3.0) -> Tensor:
-    "Fractions of white matter, grey matter and fluid `(3, H, W)`, as sharp as one person's."
+def brain_tissues(
+    tissue: Tissue, subject: Subject, template: Tensor, scanner: Tensor, sharpness: float = 3.0
+) -> Tensor:
+    """Fractions of white matter, grey matter and fluid `(3, H, W)`, as sharp as one person's."""
     white, grey = look_up(torch.stack([tissue.white, tissue.grey]), template, tissue.spacing)
     average = torch.stack([white, grey, (1 - white - grey).clamp(min=0)])
     noise = look_up(subject.individuality[:3], scanner, [LATTICE_STEP] * 3)
@@ -162,28 +183,28 @@ def brain_tissues(tissue: Tissue, subject: Subject, template: Tensor, scanner: T
 
 # %% ../../nbs/data/22_phantom.ipynb #c048
 def step_up(distance: Tensor, edge: Tensor | float, width: float = 0.25) -> Tensor:
-    "0 below `edge`, 1 above it, over about `width` mm."
+    """0 below `edge`, 1 above it, over about `width` mm."""
     return torch.sigmoid((distance - edge) / width)
 
 # %% ../../nbs/data/22_phantom.ipynb #c049
-BRAIN_EDGE = 1.0 # mm outside the hull, so that the soft edge leaves the inside alone
+BRAIN_EDGE = 1.0  # mm outside the hull, so that the soft edge leaves the inside alone
 
 
 def outer_layers(distance: Tensor, layers: Tensor, scalp: float) -> dict[str, Tensor]:
-    "Fluid, bone marrow and scalp at a `distance` in mm outside the brain. Compact bone gives no signal."
+    """Fluid, bone marrow and scalp at a `distance` in mm outside the brain. Compact bone gives no signal."""
     inner, marrow, outer, skin = layers
     band = lambda start, stop: step_up(distance, start) - step_up(distance, stop)
     return {"fluid": 0.8 * band(BRAIN_EDGE, inner), "marrow": band(marrow, outer), "scalp": band(skin, skin + scalp)}
 
 
 def lesion_fraction(lesions: Tensor, template: Tensor) -> Tensor:
-    "How much of each point `(H, W, 3)` is lesion: 1 inside the spheres, fading over a millimetre or two."
+    """How much of each point `(H, W, 3)` is lesion: 1 inside the spheres, fading over a millimetre or two."""
     gap = (template[..., None, :] - lesions[:, :3]).norm(dim=-1) - lesions[:, 3]
     return torch.exp(-F.relu(gap + 1)).sum(dim=-1).clamp(max=1)
 
 # %% ../../nbs/data/22_phantom.ipynb #c051
 def head_tissues(tissue: Tissue, subject: Subject, z: float, shape: Sequence[int], step: float) -> dict[str, Tensor]:
-    "Fraction `(H, W)` of each tissue in the axial slice at height `z` mm, with pixels of `step` mm."
+    """Fraction `(H, W)` of each tissue in the axial slice at height `z` mm, with pixels of `step` mm."""
     scanner = pixel_grid(shape, z, step)
     moved = scanner + look_up(subject.displacement, scanner, [LATTICE_STEP] * 3).permute(1, 2, 0)
     template = moved @ subject.affine.T
@@ -197,33 +218,39 @@ def head_tissues(tissue: Tissue, subject: Subject, z: float, shape: Sequence[int
 
 # %% ../../nbs/data/22_phantom.ipynb #c056
 def texture(shape: Sequence[int], step: float, generator: torch.Generator) -> Tensor:
-    "Relative variation of the signal `(H, W)`: four octaves of band-limited noise from 1 to 8 mm, 4 % in all."
-    bands = [smooth_field(shape, [length / step] * 2, generator) - smooth_field(shape, [2 * length / step] * 2, generator)
-             for length in (0.5, 1, 2, 4)]
+    """Relative variation of the signal `(H, W)`: four octaves of band-limited noise from 1 to 8 mm, 4 % in all."""
+    bands = [
+        smooth_field(shape, [length / step] * 2, generator) - smooth_field(shape, [2 * length / step] * 2, generator)
+        for length in (0.5, 1, 2, 4)
+    ]
     total = torch.cat(bands).sum(dim=0)
     return 0.04 * total / total.std()
 
 
 def vessels(shape: Sequence[int], step: float, generator: torch.Generator) -> Tensor:
-    "Small bright and dark spots `(H, W)`, about 1 mm wide: vessels cut across, and the spaces around them."
+    """Small bright and dark spots `(H, W)`, about 1 mm wide: vessels cut across, and the spaces around them."""
     spots = torch.zeros(1, *shape)
     count = int(torch.randint(100, 300, (), generator=generator))
     rows, columns = (torch.randint(size, (count,), generator=generator) for size in shape)
     spots[0, rows, columns] = uniform(-0.7, 0.4, generator, (count,))
     kernel = torch.exp(-0.5 * ((torch.arange(-4, 5) * step / 0.7) ** 2))
-    return F.conv2d(F.conv2d(spots, kernel.reshape(1, 1, 1, -1), padding="same"), kernel.reshape(1, 1, -1, 1), padding="same")[0]
+    return F.conv2d(
+        F.conv2d(spots, kernel.reshape(1, 1, 1, -1), padding="same"), kernel.reshape(1, 1, -1, 1), padding="same"
+    )[0]
 
 # %% ../../nbs/data/22_phantom.ipynb #c058
-def magnitude_image(fractions: dict[str, Tensor], signal: dict[str, float], step: float, generator: torch.Generator) -> Tensor:
-    "The T2-weighted signal `(H, W)`, not negative, with texture and vessels."
+def magnitude_image(
+    fractions: dict[str, Tensor], signal: dict[str, float], step: float, generator: torch.Generator
+) -> Tensor:
+    """The T2-weighted signal `(H, W)`, not negative, with texture and vessels."""
     shape = fractions["white"].shape
     plain = sum(signal[name] * fraction for name, fraction in fractions.items())
-    solid = 1 - 0.6 * fractions["fluid"] # fluid is nearly uniform
+    solid = 1 - 0.6 * fractions["fluid"]  # fluid is nearly uniform
     return plain * ((1 + texture(shape, step, generator)) * (1 + vessels(shape, step, generator) * solid)).clamp(min=0)
 
 # %% ../../nbs/data/22_phantom.ipynb #c062
 def smooth_phase(shape: Sequence[int], generator: torch.Generator, strength: float = 0.6) -> Tensor:
-    "A phase `(H, W)` in radians: a constant, a slope (the echo off centre) and a smooth field."
+    """A phase `(H, W)` in radians: a constant, a slope (the echo off centre) and a smooth field."""
     rows, columns = (torch.linspace(-0.5, 0.5, size) for size in shape)
     constant, down, across = (uniform(-math.pi, math.pi, generator, (3,)) * torch.tensor([1.0, 0.6, 0.6])).tolist()
     small = smooth_field((24, 24), [4.0, 4.0], generator)[None]
@@ -232,7 +259,7 @@ def smooth_phase(shape: Sequence[int], generator: torch.Generator, strength: flo
 
 # %% ../../nbs/data/22_phantom.ipynb #c065
 def coil_loops(num_coils: int, turn: float = 0.0, points: int = 48) -> Tensor:
-    "Wire positions `(coils, points, 3)`, (z, y, x) in mm, of loops on an elliptic cylinder round the head; two rings above 8 coils."
+    """Wire positions `(coils, points, 3)`, (z, y, x) in mm, of loops on an elliptic cylinder round the head; two rings above 8 coils."""
     rings = 1 if num_coils <= 8 else 2
     coil = torch.arange(num_coils)
     per_ring = math.ceil(num_coils / rings)
@@ -245,11 +272,11 @@ def coil_loops(num_coils: int, turn: float = 0.0, points: int = 48) -> Tensor:
 
 # %% ../../nbs/data/22_phantom.ipynb #c067
 def biot_savart(
-    wire: Tensor,           # `(coils, points, 3)`, closed, mm
-    position: Tensor,       # `(..., 3)`, mm
-    thickness: float = 0.0, # of the wire, mm: keeps the field finite on it
-) -> Tensor:                # `(coils, ..., 3)`
-    "The field of unit current in each wire."
+    wire: Tensor,  # `(coils, points, 3)`, closed, mm
+    position: Tensor,  # `(..., 3)`, mm
+    thickness: float = 0.0,  # of the wire, mm: keeps the field finite on it
+) -> Tensor:  # `(coils, ..., 3)`
+    """The field of unit current in each wire."""
     element = wire.roll(-1, dims=1) - wire
     middle = (wire + wire.roll(-1, dims=1)) / 2
     field = []
@@ -262,12 +289,12 @@ def biot_savart(
 # %% ../../nbs/data/22_phantom.ipynb #c071
 def coil_maps(
     num_coils: int,
-    shape: Sequence[int],       # (rows, columns)
-    z: float = 0.0,             # height of the slice above the middle of the coil array, mm
-    field_of_view: float = 230.0, # mm
-    turn: float = 0.0,          # of the coil array round the head, radians
-) -> Tensor:                    # complex64 `(coils, H, W)`; Σ|S|² is 1 in the mean over the middle of the field of view
-    "Receive sensitivities by Biot–Savart, $S = B_x - iB_y$, on a coarse grid and interpolated: the field is smooth."
+    shape: Sequence[int],  # (rows, columns)
+    z: float = 0.0,  # height of the slice above the middle of the coil array, mm
+    field_of_view: float = 230.0,  # mm
+    turn: float = 0.0,  # of the coil array round the head, radians
+) -> Tensor:  # complex64 `(coils, H, W)`; Σ|S|² is 1 in the mean over the middle of the field of view
+    """Receive sensitivities by Biot–Savart, $S = B_x - iB_y$, on a coarse grid and interpolated: the field is smooth."""
     coarse = tuple(max(2, round(36 * size / min(shape))) for size in shape)
     step = pixel_size(shape, field_of_view)
     extent = [(size - 1) / (few - 1) for size, few in zip(shape, coarse, strict=True)]
@@ -282,15 +309,16 @@ def coil_maps(
 
 # %% ../../nbs/data/22_phantom.ipynb #c076
 class Scan(NamedTuple):
-    "What the simulated scanner is set to."
-    shape: tuple[int, int] = (128, 128) # (H, W) of the image; k-space is (oversampling·H, W)
+    """What the simulated scanner is set to."""
+
+    shape: tuple[int, int] = (128, 128)  # (H, W) of the image; k-space is (oversampling·H, W)
     num_coils: int = 8
-    snr: float = 35.0                   # mean magnitude of the object over the noise of one pixel
-    oversampling: int = 2               # along the readout (rows)
+    snr: float = 35.0  # mean magnitude of the object over the noise of one pixel
+    oversampling: int = 2  # along the readout (rows)
 
 
 def check_scan(scan: Scan) -> None:
-    "Refuse settings that make no scan."
+    """Refuse settings that make no scan."""
     if len(scan.shape) != 2 or min(scan.shape) < 16 or any(size != int(size) for size in scan.shape):
         raise ValueError(f"shape must be two whole numbers (H, W) of at least 16, found {scan.shape}.")
     if scan.num_coils < 1 or scan.oversampling not in (1, 2) or not scan.snr > 0:
@@ -298,7 +326,7 @@ def check_scan(scan: Scan) -> None:
 
 # %% ../../nbs/data/22_phantom.ipynb #c078
 def centred_fft(signal: Tensor, axis: int, size: int, padded: int | None = None) -> Tensor:
-    "The `size` central samples of the centred transform along `axis`, of the signal padded to `padded` points."
+    """The `size` central samples of the centred transform along `axis`, of the signal padded to `padded` points."""
     length = signal.shape[axis]
     signal = signal.movedim(axis, -1)
     if padded is not None and padded != length:
@@ -307,26 +335,26 @@ def centred_fft(signal: Tensor, axis: int, size: int, padded: int | None = None)
         length = padded
     spectrum = torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(signal, dim=-1)), dim=-1)
     start = length // 2 - size // 2
-    return spectrum[..., start:start + size].movedim(-1, axis)
+    return spectrum[..., start : start + size].movedim(-1, axis)
 
 # %% ../../nbs/data/22_phantom.ipynb #c082
 def object_level(magnitude: Tensor) -> float:
-    "The mean magnitude of the object: of all pixels above a tenth of the maximum."
+    """The mean magnitude of the object: of all pixels above a tenth of the maximum."""
     return magnitude[magnitude > 0.1 * magnitude.max()].mean().item()
 
 # %% ../../nbs/data/22_phantom.ipynb #c083
 def acquire(
     image: Tensor,  # complex64 `(s·H, s·W)`, s = 1, 2, ... times as fine as what is measured
-    maps: Tensor,   # complex64 `(coils, s·H, s·W)`
+    maps: Tensor,  # complex64 `(coils, s·H, s·W)`
     scan: Scan,
     generator: torch.Generator,
-) -> Tensor:        # complex64 `(coils, oversampling·H, W)`
-    "k-space of one slice: what the coils see, transformed, cut to the measured band, with noise."
+) -> Tensor:  # complex64 `(coils, oversampling·H, W)`
+    """k-space of one slice: what the coils see, transformed, cut to the measured band, with noise."""
     (height, width), rows = scan.shape, scan.oversampling * scan.shape[0]
     fineness = image.shape[0] // height
     kspace = centred_fft(maps * image, 2, width)
     kspace = centred_fft(kspace, 1, rows, padded=fineness * rows)
-    kspace = kspace / (fineness**2 * math.sqrt(rows * width)) # orthonormal for the k-space that is measured
+    kspace = kspace / (fineness**2 * math.sqrt(rows * width))  # orthonormal for the k-space that is measured
     noise = object_level((maps * image).abs().square().sum(dim=0).sqrt()) / scan.snr
     return kspace + noise * torch.randn(kspace.shape, generator=generator, dtype=torch.complex64)
 
@@ -354,50 +382,70 @@ HEADER = """<?xml version="1.0" encoding="utf-8"?>
 
 
 def ismrmrd_header(shape: Sequence[int], num_coils: int, oversampling: int = 2, field_of_view: float = 230.0) -> str:
-    "The XML header that readers of fastMRI files look into: encoded and reconstructed matrix, encoding limits."
+    """The XML header that readers of fastMRI files look into: encoded and reconstructed matrix, encoding limits."""
     (height, width), step = shape, pixel_size(shape, field_of_view)
-    return HEADER.format(coils=num_coils, encoded=oversampling * height, width=width, height=height, last=width - 1, centre=width // 2,
-                         encoded_mm=oversampling * height * step, width_mm=width * step, height_mm=height * step)
+    return HEADER.format(
+        coils=num_coils,
+        encoded=oversampling * height,
+        width=width,
+        height=height,
+        last=width - 1,
+        centre=width // 2,
+        encoded_mm=oversampling * height * step,
+        width_mm=width * step,
+        height_mm=height * step,
+    )
 
 # %% ../../nbs/data/22_phantom.ipynb #c091
 def is_complete(path: Path, key: str) -> bool:
-    "Whether `path` is a readable file that was made with the same settings."
+    """Whether `path` is a readable file that was made with the same settings."""
     try:
         with h5py.File(path, "r") as file:
             return file.attrs.get("spade_key") == key
-    except OSError: # absent, or not HDF5: a file cut short is made again
+    except OSError:  # absent, or not HDF5: a file cut short is made again
         return False
 
 # %% ../../nbs/data/22_phantom.ipynb #c093
 def write_acquisition(
     path: Path,
-    slices: Callable[[], Iterable[Tensor]], # makes the k-space of each slice, complex64 `(coils, oversampling·H, W)`
+    slices: Callable[[], Iterable[Tensor]],  # makes the k-space of each slice, complex64 `(coils, oversampling·H, W)`
     scan: Scan,
     patient_id: str,
-    key: str,                               # of all settings; a file that carries it is kept
+    key: str,  # of all settings; a file that carries it is kept
 ) -> Path:
-    "Write one subject's slices as fastMRI does, whole or not at all."
+    """Write one subject's slices as fastMRI does, whole or not at all."""
+
     def write(part: Path) -> None:
         kspace = np.stack([kspace.numpy() for kspace in slices()])
-        rss = np.stack([root_sum_of_squares(crop_readout(torch.from_numpy(one), scan.shape[0])).numpy() for one in kspace])
+        rss = np.stack(
+            [root_sum_of_squares(crop_readout(torch.from_numpy(one), scan.shape[0])).numpy() for one in kspace]
+        )
         with h5py.File(part, "w") as file:
             file["kspace"], file["reconstruction_rss"] = kspace, rss
             file["ismrmrd_header"] = ismrmrd_header(scan.shape, scan.num_coils, scan.oversampling)
-            file.attrs.update(acquisition="AXT2", patient_id=patient_id, max=rss.max(), norm=np.linalg.norm(rss), spade_key=key, spade_simulated=True)
+            file.attrs.update(
+                acquisition="AXT2",
+                patient_id=patient_id,
+                max=rss.max(),
+                norm=np.linalg.norm(rss),
+                spade_key=key,
+                spade_simulated=True,
+            )
+
     return path if is_complete(path, key) else atomic_write(path, write)
 
 # %% ../../nbs/data/22_phantom.ipynb #c095
-VERSION = 3 # of the simulation: raise it when the same settings give other numbers
+VERSION = 3  # of the simulation: raise it when the same settings give other numbers
 
 
 def simulate_slices(tissue: Tissue, seed: int, number: int, slices: int, scan: Scan) -> Iterator[Tensor]:
-    "k-space, complex64 `(coils, oversampling·H, W)`, of the slices of subject `number`, bottom to top."
+    """k-space, complex64 `(coils, oversampling·H, W)`, of the slices of subject `number`, bottom to top."""
     subject, generator = draw_subject(seed, number), seeded("scan", seed, number)
-    fine = tuple(2 * size for size in scan.shape) # twice as fine as a pixel, for partial volumes
+    fine = tuple(2 * size for size in scan.shape)  # twice as fine as a pixel, for partial volumes
     step = pixel_size(fine)
-    gap = 70 / max(slices, 2) # mm
+    gap = 70 / max(slices, 2)  # mm
     first = -30 + gap * uniform(0, 1, generator).item()
-    turn = uniform(-0.2, 0.2, generator).item() # the head lies a little differently in the coil each time
+    turn = uniform(-0.2, 0.2, generator).item()  # the head lies a little differently in the coil each time
     for z in (first + gap * index for index in range(slices)):
         image = magnitude_image(head_tissues(tissue, subject, z, fine, step), subject.signal, step, generator)
         image = torch.polar(image, smooth_phase(fine, generator))
@@ -405,49 +453,57 @@ def simulate_slices(tissue: Tissue, seed: int, number: int, slices: int, scan: S
 
 # %% ../../nbs/data/22_phantom.ipynb #c099
 def find_dataset(file: h5py.File, name: str | None) -> h5py.Dataset:
-    "The dataset of images: the one named, or the only one that can hold images."
+    """The dataset of images: the one named, or the only one that can hold images."""
     if name is not None:
         if not isinstance(file.get(name), h5py.Dataset):
             raise ValueError(f"{file.filename} has no dataset {name!r}; it has {', '.join(sorted(file)) or 'none'}.")
         return file[name]
     found = [value for value in file.values() if isinstance(value, h5py.Dataset) and value.ndim in (3, 4)]
     if len(found) != 1:
-        raise ValueError(f"{file.filename} holds {len(found)} datasets that could be images (3 or 4 axes), expected 1: name one with dataset=, "
-                         f"of {', '.join(sorted(file)) or 'none'}.")
+        raise ValueError(
+            f"{file.filename} holds {len(found)} datasets that could be images (3 or 4 axes), expected 1: name one with dataset=, "
+            f"of {', '.join(sorted(file)) or 'none'}."
+        )
     return found[0]
 
 # %% ../../nbs/data/22_phantom.ipynb #c101
 def image_labels(file: h5py.File, count: int, subjects: str | None) -> dict[str, list[int]]:
-    "Which images show which subject, in the order of the file."
+    """Which images show which subject, in the order of the file."""
     if subjects in ("all", "each"):
         labels = ["all"] * count if subjects == "all" else [f"{i:04d}" for i in range(count)]
     else:
         name = subjects or next((name for name in SUBJECT_NAMES if name in file), None)
         if name is None or name not in file:
-            raise ValueError(f"{file.filename} has no dataset {subjects or 'of subjects'!r}; pass subjects= the dataset of one label per image, "
-                             "'each' if every image shows another person, or 'all'.")
+            raise ValueError(
+                f"{file.filename} has no dataset {subjects or 'of subjects'!r}; pass subjects= the dataset of one label per image, "
+                "'each' if every image shows another person, or 'all'."
+            )
         labels = [value.decode() if isinstance(value, bytes) else str(value) for value in file[name][()].tolist()]
     if len(labels) != count:
-        raise ValueError(f"{file.filename} holds {count} images but {len(labels)} labels in {name!r}; expected one label per image.")
+        raise ValueError(
+            f"{file.filename} holds {count} images but {len(labels)} labels in {name!r}; expected one label per image."
+        )
     return {label: [i for i, other in enumerate(labels) if other == label] for label in dict.fromkeys(labels)}
 
 # %% ../../nbs/data/22_phantom.ipynb #c102
 class Images(NamedTuple):
-    "A file of images in place of the tissue maps."
+    """A file of images in place of the tissue maps."""
+
     path: Path
-    dataset: str                   # complex or real `(N, H, W)`, or real `(N, 2, H, W)`: real and imaginary part
-    subjects: dict[str, list[int]] # label -> which images show this subject
+    dataset: str  # complex or real `(N, H, W)`, or real `(N, 2, H, W)`: real and imaginary part
+    subjects: dict[str, list[int]]  # label -> which images show this subject
 
 
-SUBJECT_NAMES = ("subject", "patient_id", "subject_inferred", "subject_index") # where labels are looked for
+SUBJECT_NAMES = ("subject", "patient_id", "subject_inferred", "subject_index")  # where labels are looked for
 
 
 def open_images(
     path: str | Path,
     dataset: str | None = None,  # None: the only dataset with 3 or 4 axes
-    subjects: str | None = None, # dataset of one label per image; None: one of SUBJECT_NAMES; "all": one subject; "each": N subjects
+    subjects: str
+    | None = None,  # dataset of one label per image; None: one of SUBJECT_NAMES; "all": one subject; "each": N subjects
 ) -> Images:
-    "Find images and subjects in an HDF5 file. Raises `FileNotFoundError` or `ValueError` in one sentence."
+    """Find images and subjects in an HDF5 file. Raises `FileNotFoundError` or `ValueError` in one sentence."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist; expected an HDF5 file of images.")
     try:
@@ -456,13 +512,19 @@ def open_images(
         raise ValueError(f"{path} is not a readable HDF5 file; images must be stored in one.") from None
     with file:
         found = find_dataset(file, dataset)
-        if found.ndim not in (3, 4) or (found.ndim == 4 and (found.shape[1] != 2 or found.dtype.kind == "c")) or found.dtype.kind not in "ciuf":
-            raise ValueError(f"{found.name[1:]!r} in {path} is {found.dtype} with shape {found.shape}; expected numbers (N, H, W), or real (N, 2, H, W).")
+        if (
+            found.ndim not in (3, 4)
+            or (found.ndim == 4 and (found.shape[1] != 2 or found.dtype.kind == "c"))
+            or found.dtype.kind not in "ciuf"
+        ):
+            raise ValueError(
+                f"{found.name[1:]!r} in {path} is {found.dtype} with shape {found.shape}; expected numbers (N, H, W), or real (N, 2, H, W)."
+            )
         return Images(Path(path), found.name, image_labels(file, len(found), subjects))
 
 # %% ../../nbs/data/22_phantom.ipynb #c104
 def read_images(images: Images, indices: Sequence[int]) -> Tensor:
-    "Some images of the file, complex64 `(n, H, W)`, maximum 1. Raises `ValueError` naming an image that is empty or not finite."
+    """Some images of the file, complex64 `(n, H, W)`, maximum 1. Raises `ValueError` naming an image that is empty or not finite."""
     with h5py.File(images.path, "r") as file:
         values = file[images.dataset][indices]
     values = values[:, 0] + 1j * values[:, 1].astype(np.float32) if values.ndim == 4 else values
@@ -470,12 +532,14 @@ def read_images(images: Images, indices: Sequence[int]) -> Tensor:
     peak = values.abs().amax(dim=(1, 2))
     for index, maximum in zip(indices, peak.tolist(), strict=True):
         if not 0 < maximum < math.inf:
-            raise ValueError(f"image {index} in {images.path} is {'zero everywhere' if maximum == 0 else 'not finite (NaN or infinity)'}.")
+            raise ValueError(
+                f"image {index} in {images.path} is {'zero everywhere' if maximum == 0 else 'not finite (NaN or infinity)'}."
+            )
     return values / peak.max()
 
 # %% ../../nbs/data/22_phantom.ipynb #c106
 def centre_fit(array: Tensor, shape: Sequence[int]) -> Tensor:
-    "The last two axes cut, or padded with zeros, to `shape` around the centre, index size // 2."
+    """The last two axes cut, or padded with zeros, to `shape` around the centre, index size // 2."""
     for axis, size in zip((-2, -1), shape, strict=True):
         before = size // 2 - array.shape[axis] // 2
         after = size - array.shape[axis] - before
@@ -484,7 +548,7 @@ def centre_fit(array: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def resize(image: Tensor, shape: Sequence[int]) -> Tensor:
-    "A complex image `(h, w)` resampled to `shape` = (H, W) through its spectrum, after padding to its proportions."
+    """A complex image `(h, w)` resampled to `shape` = (H, W) through its spectrum, after padding to its proportions."""
     (h, w), (height, width) = image.shape, shape
     padded = max(h, math.ceil(w * height / width)), max(w, math.ceil(h * width / height))
     spectrum = centre_fit(fft2c(centre_fit(image, padded)), shape)
@@ -492,7 +556,7 @@ def resize(image: Tensor, shape: Sequence[int]) -> Tensor:
 
 # %% ../../nbs/data/22_phantom.ipynb #c109
 def simulate_image_slices(values: Tensor, label: str, seed: int, scan: Scan, add_phase: bool) -> Iterator[Tensor]:
-    "k-space, complex64 `(coils, oversampling·H, W)`, of one subject's images, complex `(n, h, w)`."
+    """k-space, complex64 `(coils, oversampling·H, W)`, of one subject's images, complex `(n, h, w)`."""
     generator = seeded("images", seed, label)
     turn = uniform(-0.2, 0.2, generator).item()
     for z, image in zip(torch.linspace(-30, 40, len(values)).tolist(), values, strict=True):
@@ -503,7 +567,7 @@ def simulate_image_slices(values: Tensor, label: str, seed: int, scan: Scan, add
 
 # %% ../../nbs/data/22_phantom.ipynb #c110
 def spread(indices: Sequence[int], count: int | None) -> list[int]:
-    "`count` of the indices, evenly spread; all, if there are no more."
+    """`count` of the indices, evenly spread; all, if there are no more."""
     if count is None or count >= len(indices):
         return list(indices)
     return [indices[int((i + 0.5) * len(indices) / count)] for i in range(count)]
@@ -511,23 +575,25 @@ def spread(indices: Sequence[int], count: int | None) -> list[int]:
 
 def simulate_from_images(
     folder: str | Path,
-    images: str | Path | Images,           # an HDF5 file, or what `open_images` found in it
-    num_subjects: int | None = None,       # None: all
-    slices_per_subject: int | None = None, # at most, evenly spread; None: all
-    shape: Sequence[int] | None = None,    # (H, W); None: as the images are
+    images: str | Path | Images,  # an HDF5 file, or what `open_images` found in it
+    num_subjects: int | None = None,  # None: all
+    slices_per_subject: int | None = None,  # at most, evenly spread; None: all
+    shape: Sequence[int] | None = None,  # (H, W); None: as the images are
     num_coils: int = 8,
     snr: float = 35.0,
     seed: int = 0,
     progress: bool = True,
     oversampling: int = 2,
-    add_phase: bool | None = None,         # None: only where the images are magnitudes
-    name: str | None = None,               # files are called `{name}_{subject}.h5`; None: as the file of images
+    add_phase: bool | None = None,  # None: only where the images are magnitudes
+    name: str | None = None,  # files are called `{name}_{subject}.h5`; None: as the file of images
 ) -> list[Path]:
-    "One acquisition per subject of a file of images; a complete file of the same images and settings is kept."
+    """One acquisition per subject of a file of images; a complete file of the same images and settings is kept."""
     images, paths = images if isinstance(images, Images) else open_images(images), []
     if num_subjects is not None and num_subjects > len(images.subjects):
         raise ValueError(f"{images.path} shows {len(images.subjects)} subjects, but {num_subjects} are asked for.")
-    for label, indices in tqdm(list(images.subjects.items())[:num_subjects], desc="simulating subjects", disable=not progress):
+    for label, indices in tqdm(
+        list(images.subjects.items())[:num_subjects], desc="simulating subjects", disable=not progress
+    ):
         values = read_images(images, spread(indices, slices_per_subject))
         phase = add_phase if add_phase is not None else bool((values.imag == 0).all())
         scan = Scan(tuple(shape or values.shape[1:]), num_coils, snr, oversampling)
@@ -540,29 +606,45 @@ def simulate_from_images(
 
 # %% ../../nbs/data/22_phantom.ipynb #c112
 def simulate(
-    folder: str | Path,                       # where the files go
-    num_subjects: int | None,                 # with `images`, None stands for all
-    slices_per_subject: int | None,           # with `images`, None stands for all
-    shape: Sequence[int] | None = (128, 128), # (H, W) of the images; None, with `images`: as they are
+    folder: str | Path,  # where the files go
+    num_subjects: int | None,  # with `images`, None stands for all
+    slices_per_subject: int | None,  # with `images`, None stands for all
+    shape: Sequence[int] | None = (128, 128),  # (H, W) of the images; None, with `images`: as they are
     num_coils: int = 8,
-    snr: float = 35.0,                        # mean magnitude of the object over the noise of one pixel
+    snr: float = 35.0,  # mean magnitude of the object over the noise of one pixel
     seed: int = 0,
-    images: str | Path | Images | None = None, # your own images in place of the tissue maps
+    images: str | Path | Images | None = None,  # your own images in place of the tissue maps
     progress: bool = True,
-    oversampling: int = 2,                    # along the readout; fastMRI's files have 2
-    name: str | None = None,                  # files are called `{name}_0007.h5`; None: "demo" or, with `images`, as that file
+    oversampling: int = 2,  # along the readout; fastMRI's files have 2
+    name: str | None = None,  # files are called `{name}_0007.h5`; None: "demo" or, with `images`, as that file
 ) -> list[Path]:
-    "One file per subject, in fastMRI's format. Raises `ValueError` for settings that make no scan."
+    """One file per subject, in fastMRI's format. Raises `ValueError` for settings that make no scan."""
     if images is not None:
-        return simulate_from_images(folder, images, num_subjects, slices_per_subject, shape, num_coils, snr, seed, progress, oversampling, name=name)
+        return simulate_from_images(
+            folder,
+            images,
+            num_subjects,
+            slices_per_subject,
+            shape,
+            num_coils,
+            snr,
+            seed,
+            progress,
+            oversampling,
+            name=name,
+        )
     name = name or "demo"
     if min(num_subjects or 0, slices_per_subject or 0) < 1:
-        raise ValueError(f"expected at least one subject and one slice of each, found num_subjects={num_subjects} and slices_per_subject={slices_per_subject}.")
+        raise ValueError(
+            f"expected at least one subject and one slice of each, found num_subjects={num_subjects} and slices_per_subject={slices_per_subject}."
+        )
     scan, tissue, paths = Scan(tuple(shape), num_coils, snr, oversampling), load_tissue(), []
     check_scan(scan)
     for number in tqdm(range(num_subjects), desc="simulating subjects", disable=not progress):
         path, subject = Path(folder) / f"{name}_{number:04d}.h5", f"{name}-{seed}-{number:04d}"
         key = content_key("phantom", VERSION, seed, number, slices_per_subject, list(scan))
-        write_acquisition(path, lambda: simulate_slices(tissue, seed, number, slices_per_subject, scan), scan, subject, key)
+        write_acquisition(
+            path, lambda: simulate_slices(tissue, seed, number, slices_per_subject, scan), scan, subject, key
+        )
         paths.append(path)
     return paths

@@ -159,10 +159,10 @@ def draw_rotation(
 # %% ../nbs/07_losses.ipynb #c079
 def model_operator(model: nn.Module, y: Tensor, A: nn.Module) -> nn.Module:
     "The operator that the network itself believes in: E2E-VarNet's has the maps that it estimated; others use `A`."
-    if not callable(getattr(model, "operator", None)):
+    if not callable(getattr(model, "effective_operator", None)):
         return A
     with torch.no_grad():  # the loss judges the image; it must not be lowered by bending the physics
-        return model.operator(y, A)
+        return model.effective_operator(y, A)
 
 # %% ../nbs/07_losses.ipynb #c083
 def equivariance(model: nn.Module, x_hat: Tensor, A: nn.Module, rotation: Callable[[Tensor], Tensor], loss: Loss = squared_error,

@@ -48,8 +48,8 @@ def randomize(
         torch.manual_seed(seed)
         reference = build() if build is not None else type(student)(**student.config())
         cut_to_widths(start, reference)
-        if callable(getattr(start, "restart", None)):
-            start.restart()
+        if callable(getattr(start, "reset_parameters", None)):
+            start.reset_parameters()
     fresh = copy.deepcopy(student)
     fresh.load_state_dict(start.state_dict())
     return fresh

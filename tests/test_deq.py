@@ -312,7 +312,7 @@ def test_restart_is_the_start_of_the_class(gain):
     with torch.no_grad():
         for layer in (model.denoiser.tail, model.denoiser.body[-1]):
             layer.weight.fill_(1), layer.bias.fill_(1)
-        model.restart()
+        model.reset_parameters()
         assert (model.denoiser(noise) - gain * noise).norm() < .15 * noise.norm()
     assert len(others) == 8 and all(torch.equal(model.state_dict()[name], value) for name, value in others.items())
 

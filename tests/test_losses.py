@@ -161,7 +161,7 @@ def test_e2e_varnet_is_judged_with_the_maps_it_estimated():
     nonsense = A.with_maps(normalize_maps(torch.roll(A.maps, 7, dims=-1)))  # E2E-VarNet ignores these maps: the loss must not change
     losses = [self_supervised_loss(model, y, B, torch.Generator().manual_seed(0)) for B in (A, nonsense)]
     assert torch.allclose(*losses, rtol=1e-6)
-    estimated = model.operator(y, A)
+    estimated = model.effective_operator(y, A)
     expected = data_fidelity(model(y, A), y, estimated)
     assert torch.allclose(self_supervised_loss(model, y, A, torch.Generator(), weight=0.0), expected)
 

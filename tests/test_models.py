@@ -208,7 +208,7 @@ def test_e2e_ignores_the_maps_it_is_given_and_shows_its_own():
     assert torch.equal(model(y, A), model(y, A.with_maps(torch.ones_like(A.maps))))
     with pytest.raises(ValueError, match="shape"):
         model(y, A.with_maps(A.maps[:, :2]))  # ignored are their values, not how many coils and pixels they have
-    estimated = model.operator(y, A)
+    estimated = model.effective_operator(y, A)
     assert estimated.mask is A.mask or torch.equal(estimated.mask, A.mask)
     torch.testing.assert_close(estimated.maps.abs().square().sum(dim=1), torch.ones(2, 15, 17))
     torch.testing.assert_close(VarNet.forward(model, y, A), model(y, A))

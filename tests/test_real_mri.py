@@ -1,4 +1,5 @@
 """Measured multi-coil files through the reader, ESPIRiT, CG-SENSE and the networks; skipped where they are absent."""
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,18 +9,21 @@ import pytest
 import torch
 
 import spade
-from spade.metrics import cg_sense, zero_filled
 from spade.basics import Batch, loader
-from spade.data.fastmri import MultiCoilSlices, collate, header_numbers, measured_columns
+from spade.data.fastmri import MultiCoilSlices, header_numbers, measured_columns, stack_slices
+from spade.data.phantom import ismrmrd_header
 from spade.losses import self_supervised_loss
-from spade.metrics import evaluate, psnr
+from spade.metrics import cg_sense, evaluate, psnr, zero_filled
 from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import MultiCoilMRI, fft2c, ifft2c
-from spade.data.phantom import ismrmrd_header
 
 FULLY_SAMPLED = {"brain_t1_4ch_ge": 4, "brain_t1_4ch_mprage": 4, "brain_16ch_96": 16, "heart_cine_10ch": 10}
-NETWORKS = {"deq": lambda: DEQ(features=8, num_blocks=1, max_iterations=20, gradient="jacobian-free"), "varnet": lambda: VarNet(2, 6, 2), "e2e-varnet": lambda: E2EVarNet(2, 6, 2, 4, 2)}
-LOSS = {"deq": "l1", "varnet": "ssim+l1", "e2e-varnet": "ssim+l1"} # the phase of the VarNets is free
+NETWORKS = {
+    "deq": lambda: DEQ(features=8, num_blocks=1, max_iterations=20, gradient="jacobian-free"),
+    "varnet": lambda: VarNet(2, 6, 2),
+    "e2e-varnet": lambda: E2EVarNet(2, 6, 2, 4, 2),
+}
+LOSS = {"deq": "l1", "varnet": "ssim+l1", "e2e-varnet": "ssim+l1"}  # the phase of the VarNets is free
 every_network = pytest.mark.parametrize("network", NETWORKS)
 
 
@@ -38,10 +42,12 @@ def as_fastmri(source: Path, target: Path, rows_to_columns: bool = False, measur
         volume["kspace"] = (kspace.swapaxes(1, 2) if rows_to_columns else kspace)[None]
         if mask is not None:
             volume["mask"] = mask.astype(bool)
-        if measured is not None: # the scanner's limits of phase encoding: it filled the other columns with zeros
+        if measured is not None:  # the scanner's limits of phase encoding: it filled the other columns with zeros
             coils, height, width = kspace.shape
             whole = f"<maximum>{width - 1}</maximum><center>{width // 2}</center>"
-            limits = f"<maximum>{measured.stop - measured.start - 1}</maximum><center>{width // 2 - measured.start}</center>"
+            limits = (
+                f"<maximum>{measured.stop - measured.start - 1}</maximum><center>{width // 2 - measured.start}</center>"
+            )
             volume["ismrmrd_header"] = ismrmrd_header((height, width), coils, oversampling=1).replace(whole, limits)
         volume.attrs.update(acquisition="AXT2", patient_id=source.stem)
     return target
@@ -57,7 +63,7 @@ def fresh(network: str) -> torch.nn.Module:
 @torch.no_grad()
 def residual(model: Callable, batch: Batch) -> float:
     "Relative distance of a reconstruction from the measured lines, with the maps that the network itself believes in."
-    A = model.operator(batch.y, batch.A) if hasattr(model, "operator") else batch.A
+    A = model.effective_operator(batch.y, batch.A) if hasattr(model, "effective_operator") else batch.A
     return ((A(model(batch.y, batch.A)) - batch.y).norm() / batch.y.norm()).item()
 
 
@@ -67,11 +73,12 @@ def mean_psnr(model: Callable, batches: list[Batch]) -> float:
 
 # The measurement side
 
+
 @pytest.mark.parametrize("name", FULLY_SAMPLED)
 def test_retrospective_undersampling_against_a_real_reference(multicoil, tmp_path, name):
     path = as_fastmri(multicoil / f"{name}.h5", tmp_path / f"{name}.h5")
     item = MultiCoilSlices([path], acceleration=3, acs_fraction=0.15)[0]
-    batch = collate([item])
+    batch = stack_slices([item])
     assert batch.y.shape[1] == FULLY_SAMPLED[name]
     start, x_hat = zero_filled(batch.y, batch.A), cg_sense(batch.y, batch.A, 3e-3, 15)
     before, after = psnr(start[0], batch.x[0]), psnr(x_hat[0], batch.x[0])
@@ -127,16 +134,16 @@ def test_columns_that_the_scanner_filled_with_zeros(multicoil, tmp_path):
 
 def test_real_accelerated_acquisition_without_reference(multicoil, tmp_path):
     source = multicoil / "brain_t2_12ch_accel.h5"
-    path = as_fastmri(source, tmp_path / "accel.h5", rows_to_columns=True) # phase encoding runs along its rows
+    path = as_fastmri(source, tmp_path / "accel.h5", rows_to_columns=True)  # phase encoding runs along its rows
     dataset = MultiCoilSlices([path])
     item = dataset[0]
     with h5py.File(source) as file:
         measured = file["mask_rows"][()].astype(bool)
     assert "x" not in item and item["y"].shape == (12, 256, 256) and item["mask"].sum() == measured.sum() == 107
-    batch = collate([item])
+    batch = stack_slices([item])
     x_hat = cg_sense(batch.y, batch.A, 3e-3, 15)
     after = residual(lambda y, A: x_hat, batch)
-    assert after < 0.85 * residual(zero_filled, batch) and after < 0.15 # most energy lies in the ACS lines of both
+    assert after < 0.85 * residual(zero_filled, batch) and after < 0.15  # most energy lies in the ACS lines of both
 
 
 def test_file_with_a_mask_over_rows_and_columns(multicoil, tmp_path):
@@ -145,7 +152,9 @@ def test_file_with_a_mask_over_rows_and_columns(multicoil, tmp_path):
         volume["kspace"], volume["mask"] = file["kspace"][()][None], file["mask"][()].astype(bool)
         volume.attrs["acquisition"] = "AXT1"
     # Its calibration region is a block, not a set of full columns, which this reader says rather than guess
-    with pytest.raises(ValueError, match="slice 0 of .*poisson.h5: ESPIRiT .* needs at least 6 calibration rows and ACS lines"):
+    with pytest.raises(
+        ValueError, match="slice 0 of .*poisson.h5: ESPIRiT .* needs at least 6 calibration rows and ACS lines"
+    ):
         MultiCoilSlices([path], acquisition=None)[0]
 
 
@@ -158,26 +167,33 @@ def test_images_and_kspace_of_the_files_follow_our_convention(multicoil):
 
 # The networks
 
+
 @every_network
 @pytest.mark.parametrize("name", [*FULLY_SAMPLED, "brain_t1_8ch_alias"])
 def test_pruned_networks_learn_from_a_real_reference(multicoil, tmp_path, name, network):
     "Undersampled retrospectively, each file goes through each network; a few supervised steps bring it nearer to the reference."
     measured = slice(44, 212) if name == "brain_t1_8ch_alias" else None
     path = as_fastmri(multicoil / f"{name}.h5", tmp_path / f"{name}.h5", measured=measured)
-    batches = list(loader(MultiCoilSlices([path], acceleration=3, acs_fraction=0.15, crop=64))) # 64 rows: seconds, not minutes
+    batches = list(
+        loader(MultiCoilSlices([path], acceleration=3, acs_fraction=0.15, crop=64))
+    )  # 64 rows: seconds, not minutes
     student = spade.prune(fresh(network), 0.4)
     with torch.no_grad():
         x_hat = student(batches[0].y, batches[0].A)
     assert x_hat.shape == batches[0].x.shape and x_hat.dtype == torch.complex64 and x_hat.isfinite().all()
     before = mean_psnr(student, batches)
-    log = spade.finetune(student, batches, "supervised", loss=LOSS[network], steps=8, learning_rate=2e-3, progress=False)
+    log = spade.finetune(
+        student, batches, "supervised", loss=LOSS[network], steps=8, learning_rate=2e-3, progress=False
+    )
     assert log.losses[-1] < 0.9 * log.losses[0] and mean_psnr(student, batches) > before + 0.5
 
 
 @every_network
 def test_school_on_real_measurements(multicoil, tmp_path, network):
     "A teacher made with the reference, a pruned student that sees nothing but the measurement and its teacher."
-    dataset = MultiCoilSlices([as_fastmri(multicoil / "brain_16ch_96.h5", tmp_path / "brain.h5")], acceleration=3, acs_fraction=0.15, crop=64)
+    dataset = MultiCoilSlices(
+        [as_fastmri(multicoil / "brain_16ch_96.h5", tmp_path / "brain.h5")], acceleration=3, acs_fraction=0.15, crop=64
+    )
     teacher, batches = fresh(network), list(loader(dataset))
     spade.finetune(teacher, batches, "supervised", loss=LOSS[network], steps=20, learning_rate=3e-3, progress=False)
     weights = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -185,7 +201,9 @@ def test_school_on_real_measurements(multicoil, tmp_path, network):
     taught, before = mean_psnr(teacher, batches), mean_psnr(student, batches)
     view = dataset.measurements()
     assert all(batch.x is None for batch in loader(view))
-    log = spade.finetune(student, view, "school", teacher=teacher, loss=LOSS[network], steps=8, learning_rate=2e-3, progress=False)
+    log = spade.finetune(
+        student, view, "school", teacher=teacher, loss=LOSS[network], steps=8, learning_rate=2e-3, progress=False
+    )
     assert log.losses[-1] < 0.9 * log.losses[0] and before < taught and mean_psnr(student, batches) > before + 0.5
     assert all(torch.equal(value, weights[name]) for name, value in teacher.state_dict().items())
 
@@ -194,15 +212,19 @@ def test_school_on_real_measurements(multicoil, tmp_path, network):
 def test_self_supervision_on_a_real_accelerated_acquisition(multicoil, tmp_path, network):
     "From a T1 slice of one scanner to a T2 slice of another, of which no ground truth exists: loss and misfit fall all the same."
     teacher = fresh(network)
-    others = MultiCoilSlices([as_fastmri(multicoil / "brain_t1_4ch_ge.h5", tmp_path / "ge.h5")], acceleration=3, acs_fraction=0.15, crop=64)
+    others = MultiCoilSlices(
+        [as_fastmri(multicoil / "brain_t1_4ch_ge.h5", tmp_path / "ge.h5")], acceleration=3, acs_fraction=0.15, crop=64
+    )
     spade.finetune(teacher, others, "supervised", loss=LOSS[network], steps=15, learning_rate=3e-3, progress=False)
     student = spade.prune(teacher, 0.2)
-    dataset = MultiCoilSlices([as_fastmri(multicoil / "brain_t2_12ch_accel.h5", tmp_path / "accel.h5", rows_to_columns=True)], crop=48)
+    dataset = MultiCoilSlices(
+        [as_fastmri(multicoil / "brain_t2_12ch_accel.h5", tmp_path / "accel.h5", rows_to_columns=True)], crop=48
+    )
     batch = next(iter(loader(dataset)))
     assert batch.x is None and "x" not in dataset[0]
 
     @torch.no_grad()
-    def loss() -> float: # eq. 9 with the same rotation before and after
+    def loss() -> float:  # eq. 9 with the same rotation before and after
         return self_supervised_loss(student, batch.y, batch.A, torch.Generator().manual_seed(3)).item()
 
     loss_before, misfit_before = loss(), residual(student, batch)

@@ -274,7 +274,7 @@ def test_solve_shows_what_forward_does():
     assert all(residual.shape == (2,) for residual in trace.residuals)
     steps = [(after - before).flatten(1).norm(dim=1) / after.flatten(1).norm(dim=1) for before, after in zip(trace.images, trace.images[1:])]
     torch.testing.assert_close(torch.stack(trace.residuals[1:]), torch.stack(steps))
-    assert model.solve(y, A, record=False)[1].images == [] and model.operator(y, A) is A
+    assert model.solve(y, A, record=False)[1].images == [] and model.effective_operator(y, A) is A
     assert torch.equal(model.solve(y, A, sigma=0.1)[0], model(y, A, 0.1))
 
 

@@ -256,12 +256,12 @@ class DEQ(nn.Module):
         changeable = ("solver", "gradient", "max_iterations", "tolerance", "memory", "train_iterations", "backward_iterations", "backward_tolerance")
         return self.settings | {name: getattr(self, name) for name in changeable}
 
-    def restart(self) -> None:
+    def reset_parameters(self) -> None:
         "Let the prior start as a damped identity again, at the widths it has now; draws its last two layers from PyTorch's generator."
         for layer in (self.denoiser.body[-1], self.denoiser.tail): layer.reset_parameters()
         start_as_damping(self.denoiser, self.settings["gain"])
 
-    def operator(self, y: Tensor, A: nn.Module) -> nn.Module:
+    def effective_operator(self, y: Tensor, A: nn.Module) -> nn.Module:
         "The operator whose maps the network uses: `A` itself."
         return A
 

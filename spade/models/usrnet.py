@@ -147,12 +147,12 @@ class USRNet(nn.Module):
         "The constructor arguments this network was built with, fit for JSON."
         return dict(self.settings, widths=list(self.settings["widths"]))
 
-    def restart(self) -> None:
+    def reset_parameters(self) -> None:
         "Start near the identity again, at the widths that are there now; draws the layers that this concerns from PyTorch's generator."
         for layer in (self.p.m_head, self.p.m_tail, self.p.m_up1[0], self.h.mlp[4]): layer.reset_parameters()
         start_near_identity(self.p, self.h)
 
-    def operator(self, y: Tensor, A: nn.Module) -> nn.Module:
+    def effective_operator(self, y: Tensor, A: nn.Module) -> nn.Module:
         "The operator that the answer belongs to: `A` itself."
         return A
 

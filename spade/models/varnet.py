@@ -185,7 +185,7 @@ class VarNet(nn.Module):
         "The constructor arguments this network was built with, fit for JSON."
         return dict(self.settings)
 
-    def operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
+    def effective_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
         "The operator whose maps the network uses: `A` itself."
         return A
 
@@ -201,14 +201,14 @@ class VarNet(nn.Module):
         A: MultiCoilMRI # its operator
         ) -> Tensor: # complex, (B, coils, H, W)
         "The refined multi-coil k-space."
-        return self.refine(y, self.operator(y, A))
+        return self.refine(y, self.effective_operator(y, A))
 
     def forward(self,
         y: Tensor, # complex64 or complex128 like the weights, (B, coils, H, W), zero where not measured
         A: MultiCoilMRI # its operator, whose coils and size fit `y`
         ) -> Tensor: # complex, (B, 1, H, W), dtype of `y`
         "The reconstruction: the refined k-space of all coils, as one image; raises `ValueError` if `y` does not fit `A`."
-        operator = self.operator(y, A)
+        operator = self.effective_operator(y, A)
         return operator.reduce(ifft2c(self.refine(y, operator)))
 
     def priors(self) -> Iterator[tuple[nn.Module, Tensor, list[nn.Module]]]:
@@ -267,7 +267,7 @@ class E2EVarNet(VarNet):
         self.settings |= dict(sens_channels=sens_channels, sens_num_pools=sens_num_pools)
         self.sens_net = SensitivityModel(sens_channels, sens_num_pools)
 
-    def operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
+    def effective_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
         "The operator with the mask of `A` and the coil maps that the network estimates from `y`."
         A.check("k-space", y, A.maps.shape[1])
         return A.with_maps(self.sens_net(y, A.mask))

@@ -1,4 +1,5 @@
 """A result survives a full disk and a kill; damaged files are named."""
+
 import os
 import signal
 import subprocess
@@ -43,12 +44,14 @@ def test_a_full_disk_leaves_the_old_result(tmp_path):
 def test_a_kill_leaves_the_old_result(tmp_path):
     path = write_json(tmp_path / "result.json", {"psnr": 30})
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, "-c", WRITES_FOREVER, str(path)], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITES_FOREVER, str(path)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout.readline() == "half-way\n"
         process.kill()
         assert process.wait(timeout=300) == -signal.SIGKILL
     assert read_json(path) == {"psnr": 30}
-    assert list(tmp_path.glob("*.json")) == [path] # what the killed process left is not taken for a result
+    assert list(tmp_path.glob("*.json")) == [path]  # what the killed process left is not taken for a result
     write_json(path, {"psnr": 31})
     assert read_json(path) == {"psnr": 31}
 
@@ -87,10 +90,28 @@ def test_missing_json_is_named(tmp_path):
         read_json(tmp_path / "none.json")
 
 
+def test_a_writer_that_writes_nothing_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="write must create the file that it receives for .*a.txt, got no file"):
+        atomic_write(tmp_path / "a.txt", lambda part: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+    path = write_json(tmp_path / "result.json", {"seed": 7})
+    with pytest.raises(TypeError, match="value must be JSON, a path, an array or a tensor, got <class 'object'>"):
+        write_json(path, {"model": object})
+    assert read_json(path) == {"seed": 7}
+
+
 def test_keys_depend_on_type_shape_content_and_order():
-    keys = [content_key(*parts) for parts in ((1, 2), (2, 1), ("12",), (b"12",), (torch.zeros(4),), (torch.zeros(2, 2),), ())]
+    keys = [
+        content_key(*parts)
+        for parts in ((1, 2), (2, 1), ("12",), (b"12",), (torch.zeros(4),), (torch.zeros(2, 2),), ())
+    ]
     assert len(set(keys)) == len(keys) and all(len(key) == 16 for key in keys)
     assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        content_key(Path("a"))
     z = torch.tensor([1 + 2j])
     assert content_key(z.conj()) == content_key(torch.tensor([1 - 2j]))
 

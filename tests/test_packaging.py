@@ -1,4 +1,5 @@
 """Pins, metadata, the licence and what a newcomer types."""
+
 import configparser
 import os
 import re
@@ -25,7 +26,9 @@ def settings() -> dict:
 @pytest.fixture(scope="module")
 def pins() -> dict[str, Version]:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "every line is name==version, without a local suffix such as +cpu"
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), (
+        "every line is name==version, without a local suffix such as +cpu"
+    )
     return {canonical(line.split("==")[0]): Version(line.split("==")[1]) for line in lines}
 
 
@@ -34,7 +37,9 @@ def canonical(name: str) -> str:
 
 
 def test_every_requirement_is_pinned_within_its_range(settings, pins):
-    for text in (settings["requirements"] + " " + settings["batch_requirements"] + " " + settings["dev_requirements"]).split():
+    for text in (
+        settings["requirements"] + " " + settings["batch_requirements"] + " " + settings["dev_requirements"]
+    ).split():
         requirement = Requirement(text)
         assert canonical(requirement.name) in pins, f"{requirement.name} is missing in constraints.txt"
         assert pins[canonical(requirement.name)] in requirement.specifier, text
@@ -61,12 +66,14 @@ def test_conda_gives_the_same_pins(settings, pins):
 
 def test_the_running_environment_is_the_pinned_one(pins):
     from importlib.metadata import version
+
     for name in ("torch", "nbdev", "torch-pruning", "papermill", "scikit-image", "snakemake"):
         assert Version(version(name)).public == pins[name].public
 
 
 def test_versions_agree(settings):
     import spade
+
     assert spade.__version__ == settings["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == settings["version"] and "2311.02003" in citation["preferred-citation"]["journal"]
@@ -79,6 +86,7 @@ def test_licence_is_apache_2_in_full():
 
 def test_public_names():
     import spade
+
     assert {"prune", "finetune", "save", "load"} <= set(spade.__all__)
     assert all(callable(getattr(spade, name)) for name in spade.__all__)
 
@@ -93,19 +101,41 @@ def test_each_module_is_there_after_import_spade():
 
 def test_import_touches_no_network_and_no_project_file(tmp_path):
     """In an empty folder, with sockets forbidden and only site-packages and the package itself readable through open()."""
-    code = ("import socket\n"
-            "def refuse(*a, **k): raise AssertionError('network')\n"
-            "socket.socket.connect = refuse\n"
-            "import spade, spade.workflow, spade.tables, spade.paper\n"
-            "print(spade.__version__)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    code = (
+        "import socket\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "import spade, spade.workflow, spade.tables, spade.paper\n"
+        "print(spade.__version__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_wheel_carries_the_tissue_maps_and_the_notice(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if "No module named 'setuptools'" in done.stderr or "setuptools.build_meta" in done.stderr:
         pytest.skip("setuptools is not installed here")
     assert done.returncode == 0, done.stderr
@@ -114,30 +144,39 @@ def test_the_wheel_carries_the_tissue_maps_and_the_notice(tmp_path):
     assert not [name for name in names if name.startswith(("tests/", "nbs/"))]
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    """Five lines prune a network; the block is executed as it is printed."""
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """Each page's Python is executed as it is printed."""
     monkeypatch.chdir(tmp_path)
-    blocks = readme_blocks("python")
-    assert blocks
-    exec("\n".join(blocks), {"__name__": "readme"})
+    assert blocks(page, "python")
+    exec("\n".join(blocks(page, "python")), {"__name__": "page"})
 
 
-def test_the_readmes_commands_exist():
-    text = "\n".join(readme_blocks("bash"))
+def test_the_commands_of_the_pages_exist():
+    text = "\n".join(blocks("README.md", "bash") + blocks("CONTRIBUTING.md", "bash"))
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"\bmake (\w+)", text))
-    assert {"demo", "test"} <= targets and all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+    assert {"demo", "paper", "test", "lab", "plan"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
 
 
-def test_the_readmes_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "data/README.md", "outputs/README.md"])
+def test_the_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_speaks_of_configurations():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100 and "PROFILE" not in text
 
 
 def test_ci_runs_the_tests():
     script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK) and "make test" in script.read_text() and "set -euo pipefail" in script.read_text()
+    assert (
+        os.access(script, os.X_OK) and "make test" in script.read_text() and "set -euo pipefail" in script.read_text()
+    )

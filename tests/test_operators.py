@@ -1,4 +1,5 @@
 """Properties of every operator, and regressions for the faults of the code released with the paper."""
+
 from collections.abc import Callable
 
 import numpy as np
@@ -7,7 +8,26 @@ import torch
 from scipy.ndimage import convolve
 
 from spade.basics import on_device
-from spade.operators import BlurDownsample, LinearOperator, MultiCoilMRI, adjoint_error, fft2c, fold, gradient_error, kernel_spectrum, linearity_error, normalize_maps, operator_norm
+from spade.operators import (
+    BlurDownsample,
+    LinearOperator,
+    MultiCoilMRI,
+    acs_lines,
+    adjoint_error,
+    as_mask,
+    check_shape,
+    crop_readout,
+    describe_sampling,
+    effective_rate,
+    equispaced_mask,
+    fft2c,
+    fold,
+    gradient_error,
+    kernel_spectrum,
+    linearity_error,
+    normalize_maps,
+    operator_norm,
+)
 
 
 def random_complex(*shape: int, seed: int = 0, dtype: torch.dtype = torch.complex128) -> torch.Tensor:
@@ -29,7 +49,11 @@ def mri_cases() -> dict[str, Callable[[], tuple]]:
     for batch in (1, 2, 3):
         for coils in (1, 4, 12):
             for size in ((6, 6), (5, 7), (16, 12)):
-                for kind, shape in (("line", (size[1],)), ("lines", (batch, 1, 1, size[1])), ("plane", (batch, 1, *size))):
+                for kind, shape in (
+                    ("line", (size[1],)),
+                    ("lines", (batch, 1, 1, size[1])),
+                    ("plane", (batch, 1, *size)),
+                ):
                     name = f"mri-{batch}-{coils}coils-{size[0]}x{size[1]}-{kind}"
                     cases[name] = lambda b=batch, c=coils, s=size, m=shape: mri(b, c, s, m)
     return cases
@@ -46,7 +70,9 @@ def random_kernel(*shape: int, seed: int = 0) -> torch.Tensor:
     return kernel / kernel.sum(dim=(-2, -1), keepdim=True)
 
 
-def blur(batch: int, kernels: int, scale: int, kernel: tuple[int, int], small: tuple[int, int]) -> tuple[LinearOperator, ...]:
+def blur(
+    batch: int, kernels: int, scale: int, kernel: tuple[int, int], small: tuple[int, int]
+) -> tuple[LinearOperator, ...]:
     """An operator of super-resolution with an element of its domain and one of its range."""
     A = BlurDownsample(random_kernel(kernels, 1, *kernel), scale, 0.01)
     return A, random_real(batch, 3, small[0] * scale, small[1] * scale, seed=2), random_real(batch, 3, *small, seed=3)
@@ -56,7 +82,13 @@ def blur_cases() -> dict[str, Callable[[], tuple]]:
     """Scales 1 to 4; kernels even, odd, 25 × 25 and as large as the image; one kernel for all and one for each."""
     cases = {}
     for scale in (1, 2, 3, 4):
-        for kernel, small in (((1, 1), (3, 3)), ((5, 5), (5, 7)), ((4, 5), (8, 6)), ((25, 25), (27, 25)), ((7, 5), (7, 5))):
+        for kernel, small in (
+            ((1, 1), (3, 3)),
+            ((5, 5), (5, 7)),
+            ((4, 5), (8, 6)),
+            ((25, 25), (27, 25)),
+            ((7, 5), (7, 5)),
+        ):
             for batch, kernels in ((1, 1), (3, 1), (2, 2)):
                 name = f"blur-x{scale}-{kernel[0]}x{kernel[1]}-{small[0]}x{small[1]}-{kernels}of{batch}"
                 cases[name] = lambda b=batch, n=kernels, s=scale, k=kernel, m=small: blur(b, n, s, k, m)
@@ -99,7 +131,7 @@ def test_norm_and_normal(case):
 def test_the_properties_notice_a_wrong_adjoint():
     class Wrong(MultiCoilMRI):
         def adjoint(self, y):
-            return super().adjoint(y) * 192 # off by the number of pixels
+            return super().adjoint(y) * 192  # off by the number of pixels
 
     A, x, y = mri(1, 12, (16, 12), (12,))
     wrong = Wrong(A.mask, A.maps)
@@ -121,8 +153,12 @@ def test_dense_matrix_on_a_4x4_image():
 def test_the_fourier_convention_does_not_depend_on_the_number_of_coils(coils):
     """The released code took another convention, and a wrong adjoint, at 12 coils."""
     image = random_complex(1, 1, 16, 12)
-    A = MultiCoilMRI(torch.ones(12, dtype=torch.bool), torch.full((1, coils, 16, 12), coils**-0.5, dtype=torch.complex128))
-    expected = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(image.numpy(), (-2, -1)), norm="ortho"), (-2, -1)) * coils**-0.5
+    A = MultiCoilMRI(
+        torch.ones(12, dtype=torch.bool), torch.full((1, coils, 16, 12), coils**-0.5, dtype=torch.complex128)
+    )
+    expected = (
+        np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(image.numpy(), (-2, -1)), norm="ortho"), (-2, -1)) * coils**-0.5
+    )
     assert np.allclose(A(image).numpy(), np.broadcast_to(expected, (1, coils, 16, 12)), atol=1e-12)
     assert torch.allclose(A.normal(image), image, atol=1e-12)
 
@@ -132,9 +168,9 @@ def test_the_mask_does_not_depend_on_the_batch_size(batch):
     """The released code tested the length of the batch where it meant the number of axes."""
     A, x, y = mri(batch, 4, (6, 8), (batch, 1, 1, 8))
     for index in range(batch):
-        alone = MultiCoilMRI(A.mask[index:index + 1], A.maps[index:index + 1])
-        assert torch.allclose(A(x)[index:index + 1], alone(x[index:index + 1]), atol=1e-14)
-        assert torch.allclose(A.adjoint(y)[index:index + 1], alone.adjoint(y[index:index + 1]), atol=1e-14)
+        alone = MultiCoilMRI(A.mask[index : index + 1], A.maps[index : index + 1])
+        assert torch.allclose(A(x)[index : index + 1], alone(x[index : index + 1]), atol=1e-14)
+        assert torch.allclose(A.adjoint(y)[index : index + 1], alone.adjoint(y[index : index + 1]), atol=1e-14)
 
 
 def test_one_operator_serves_a_batch():
@@ -160,7 +196,9 @@ def test_precision_is_the_higher_of_maps_and_input(dtype):
     assert torch.allclose(A.normal(x), x, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", ("meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))))
+@pytest.mark.parametrize(
+    "device", ("meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")))
+)
 def test_to_moves_mask_and_maps(device):
     A, x, _ = mri(1, 2, (6, 8), (8,))
     moved = A.to(device)
@@ -179,7 +217,9 @@ def test_transformed_maps_are_normalised_and_the_operator_is_left_alone():
 
 def test_one_set_of_maps_is_moved_with_each_image_of_a_batch():
     A, x, y = mri(1, 2, (8, 8), (8,))
-    turns = lambda images: torch.stack([image.rot90(k + 1, dims=(-2, -1)) for k, image in zip(range(3), images, strict=True)])
+    turns = lambda images: torch.stack(
+        [image.rot90(k + 1, dims=(-2, -1)) for k, image in zip(range(3), images, strict=True)]
+    )
     moved = A.transformed(turns, batch=3)
     assert moved.maps.shape == (3, 2, 8, 8)
     for k, maps in enumerate(moved.maps):
@@ -187,24 +227,33 @@ def test_one_set_of_maps_is_moved_with_each_image_of_a_batch():
     assert torch.equal(A.transformed(lambda image: image).maps, A.transformed(lambda image: image, batch=1).maps)
 
 
-@pytest.mark.parametrize("device", ("meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))))
+@pytest.mark.parametrize(
+    "device", ("meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")))
+)
 def test_on_device_leaves_the_operator_where_it_is(device):
     class Within(torch.nn.Module):
         "An operator that holds another, a parameter and a table of results."
+
         def __init__(self):
             super().__init__()
             self.inside, self.weight = mri(1, 2, (6, 8), (8,))[0], torch.nn.Parameter(torch.ones(2))
 
     blurring = BlurDownsample(torch.full((3, 3), 1 / 9), 2)
-    kept = blurring.transfer((4, 6))
+    kept = blurring.spectrum((4, 6))
     for A in (mri(1, 2, (6, 8), (8,))[0], blurring, Within()):
         before = {name: (id(tensor), tensor.clone()) for name, tensor in (*A.named_parameters(), *A.named_buffers())}
         moved = on_device(A, torch.device(device))
-        assert moved is not A and type(moved) is type(A) and all(tensor.device.type == device for tensor in moved.state_dict().values())
+        assert (
+            moved is not A
+            and type(moved) is type(A)
+            and all(tensor.device.type == device for tensor in moved.state_dict().values())
+        )
         for name, tensor in (*A.named_parameters(), *A.named_buffers()):
-            assert id(tensor) == before[name][0] and tensor.device.type == "cpu" and torch.equal(tensor, before[name][1])
+            assert (
+                id(tensor) == before[name][0] and tensor.device.type == "cpu" and torch.equal(tensor, before[name][1])
+            )
         assert on_device(A, "cpu") is A
-    assert blurring.transfer((4, 6)) is kept
+    assert blurring.spectrum((4, 6)) is kept
 
 
 def test_normalised_zero_maps_have_a_finite_gradient():
@@ -221,34 +270,51 @@ def test_fft_keeps_the_norm():
 LINE, MAPS = torch.ones(8, dtype=torch.bool), normalize_maps(random_complex(1, 2, 6, 8))
 
 
-@pytest.mark.parametrize("mask, maps, message", (
-    (torch.ones(7, dtype=torch.bool), MAPS, "mask is 7 columns wide, but the maps are 8"),
-    (torch.ones(1, 1, 5, 8, dtype=torch.bool), MAPS, "mask has 5 rows, but the maps have 6"),
-    (torch.ones(3, 1, 1, 8, dtype=torch.bool), MAPS.expand(2, 2, 6, 8), "mask is for a batch of 3, but the maps are for 2"),
-    (torch.ones(6, 8, dtype=torch.bool), MAPS, r"mask must have shape .* found \(6, 8\)"),
-    (LINE, MAPS[0], r"maps must have shape .* found \(2, 6, 8\)"),
-))
+@pytest.mark.parametrize(
+    "mask, maps, message",
+    (
+        (torch.ones(7, dtype=torch.bool), MAPS, "mask must have the 8 columns of the maps, got 7"),
+        (torch.ones(1, 1, 5, 8, dtype=torch.bool), MAPS, "mask must have 1 or 6 rows to fit the maps, got 5"),
+        (
+            torch.ones(3, 1, 1, 8, dtype=torch.bool),
+            MAPS.expand(2, 2, 6, 8),
+            "mask must be for a batch of 1 or 2 to fit the maps, got 3",
+        ),
+        (torch.ones(6, 8, dtype=torch.bool), MAPS, r"mask must have shape .* got \(6, 8\)"),
+        (LINE, MAPS[0], r"maps must have shape .* got \(2, 6, 8\)"),
+    ),
+)
 def test_what_does_not_fit_together_is_refused(mask, maps, message):
     with pytest.raises(ValueError, match=message):
         MultiCoilMRI(mask, maps)
 
 
-@pytest.mark.parametrize("mask, maps, message", (
-    (LINE.float(), MAPS, "mask must be boolean .* found torch.float32"),
-    (LINE, MAPS.real, "maps must be complex64 or complex128, found torch.float64"),
-))
+@pytest.mark.parametrize(
+    "mask, maps, message",
+    (
+        (LINE.float(), MAPS, "mask must be boolean .* got torch.float32"),
+        (LINE, MAPS.real, "maps must be complex64 or complex128, got torch.float64"),
+    ),
+)
 def test_wrong_types_are_refused(mask, maps, message):
     with pytest.raises(TypeError, match=message):
         MultiCoilMRI(mask, maps)
 
 
-@pytest.mark.parametrize("name, call, shape", (
-    ("image", "forward", (1, 1, 6, 7)), ("image", "forward", (1, 2, 6, 8)), ("image", "expand", (6, 8)),
-    ("k-space", "adjoint", (1, 3, 6, 8)), ("k-space", "adjoint", (1, 2, 5, 8)), ("coil images", "reduce", (1, 1, 6, 8)),
-))
+@pytest.mark.parametrize(
+    "name, call, shape",
+    (
+        ("image", "forward", (1, 1, 6, 7)),
+        ("image", "forward", (1, 2, 6, 8)),
+        ("image", "expand", (6, 8)),
+        ("k-space", "adjoint", (1, 3, 6, 8)),
+        ("k-space", "adjoint", (1, 2, 5, 8)),
+        ("coil images", "reduce", (1, 1, 6, 8)),
+    ),
+)
 def test_inputs_that_do_not_fit_are_refused(name, call, shape):
     A = MultiCoilMRI(LINE, MAPS)
-    with pytest.raises(ValueError, match=f"{name} must have shape .* found") as caught:
+    with pytest.raises(ValueError, match=f"{name} must have shape .* got") as caught:
         getattr(A, call)(torch.zeros(shape, dtype=torch.complex128))
     assert str(shape) in str(caught.value)
 
@@ -259,7 +325,131 @@ def test_a_batch_of_another_length_is_refused():
         A(torch.zeros(2, 1, 6, 8, dtype=torch.complex128))
 
 
+@pytest.mark.parametrize(
+    "bad, error",
+    (
+        (torch.ones(5), TypeError),
+        (torch.ones(1, 5, dtype=torch.bool), ValueError),
+        (torch.ones(1, 2, 1, 5, dtype=torch.bool), ValueError),
+    ),
+)
+def test_a_mask_of_another_type_or_shape_is_refused(bad, error):
+    with pytest.raises(error, match="mask must"):
+        as_mask(bad)
+
+
+def test_a_whole_acceleration_of_any_type_is_the_same():
+    assert torch.equal(equispaced_mask(320, 6, offset=2), equispaced_mask(320, 6.0, offset=2))
+
+
+def test_a_mask_for_three_serves_one_set_of_maps_and_a_batch_of_three_only():
+    A = MultiCoilMRI(torch.ones(3, 1, 1, 8, dtype=torch.bool), MAPS)
+    assert A(torch.ones(3, 1, 6, 8, dtype=torch.complex128)).shape == (3, 2, 6, 8)
+    with pytest.raises(ValueError, match=r"image must have shape \(3, 1, 6, 8\)"):
+        A(torch.ones(1, 1, 6, 8, dtype=torch.complex128))
+
+
+def test_a_wrong_shape_is_named_with_both_shapes():
+    with pytest.raises(
+        ValueError, match=r"image must have shape \(any, 1, 4, 4\) to fit the operator, got \(2, 3, 4, 4\)"
+    ):
+        check_shape("image", torch.zeros(2, 3, 4, 4), (None, 1, 4, 4))
+
+
+@pytest.mark.parametrize("rows", ((12, 6), (13, 6), (12, 5), (8, 8)))
+def test_cropping_the_readout_crops_the_image(rows):
+    image = random_complex(2, rows[0], 5)
+    start = rows[0] // 2 - rows[1] // 2
+    assert torch.allclose(crop_readout(fft2c(image), rows[1]), fft2c(image[:, start : start + rows[1]]), atol=1e-12)
+
+
+# Sampling masks, against counts made by hand and against fastMRI's where it is installed
+
+
+@pytest.mark.parametrize("width", (96, 128, 320, 367, 368))
+@pytest.mark.parametrize("acceleration", (6, 8, 10))
+def test_exact_rate_for_every_offset(width, acceleration):
+    for offset in range(acceleration):
+        mask = equispaced_mask(width, acceleration, offset=offset, exact=True)
+        assert mask.dtype == torch.bool and mask.shape == (width,)
+        assert mask.sum() == round(width / acceleration)
+
+
+@pytest.mark.parametrize("acceleration", (6, 8, 10))
+def test_nominal_rate_is_every_line_and_the_centre(acceleration):
+    for offset in range(acceleration):
+        mask = equispaced_mask(320, acceleration, offset=offset)
+        expected = {*range(offset, 320, acceleration), *range(144, 176)}
+        assert set(mask.nonzero().flatten().tolist()) == expected
+        assert effective_rate(mask) == pytest.approx(len(expected) / 320)
+
+
+def test_acs_lines_contain_the_block_and_the_centre():
+    for width in (64, 101, 320):
+        for offset in range(6):
+            acs = acs_lines(equispaced_mask(width, 6, offset=offset))
+            assert (
+                acs.start <= width // 2 < acs.stop
+                and round(width * 0.1) <= acs.stop - acs.start <= round(width * 0.1) + 2
+            )
+
+
+def test_a_generator_repeats_itself_and_draws_every_offset():
+    def masks() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        return [equispaced_mask(128, 8, generator=generator) for _ in range(60)]
+
+    assert all(map(torch.equal, masks(), masks()))
+    assert len({tuple(mask.tolist()) for mask in masks()}) == 8
+
+
+def test_the_global_generator_is_not_touched():
+    state = torch.random.get_rng_state()
+    equispaced_mask(128, 6), equispaced_mask(128, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_caption_states_the_effective_rate():
+    assert (
+        describe_sampling(equispaced_mask(320, 8, offset=1))
+        == "68 of 320 lines (21.2 %, effective R = 4.71), 32 of them ACS"
+    )
+    batch = equispaced_mask(320, 8, offset=1).expand(2, 1, 5, 320)
+    assert describe_sampling(batch) == describe_sampling(batch[0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        ({"acceleration": 0}, "acceleration must be a whole number from 1 to the width 320, got 0"),
+        ({"acceleration": 2.5}, "acceleration must be"),
+        ({"acs_fraction": 1.5}, "acs_fraction must lie"),
+        ({"acceleration": -6}, "acceleration must be"),
+        ({"acceleration": 1.5}, "acceleration must be"),
+        ({"acceleration": 321}, "got 321"),
+        ({"acs_fraction": 0}, "acs_fraction must lie between 0 and 1"),
+        ({"acs_fraction": 1}, "acs_fraction must lie"),
+        ({"width": 8, "acs_fraction": 0.05}, "width must be at least 20 for an ACS line, got 8"),
+        ({"offset": 6}, r"offset must lie in \[0, 6\), got 6"),
+        ({"offset": -1}, "got -1"),
+        ({"acceleration": 12, "exact": True}, "must allow the 32 ACS lines at an exact rate, got 12: 27 lines"),
+    ),
+)
+def test_values_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        equispaced_mask(**({"width": 320, "acceleration": 6} | arguments))
+
+
+def test_nominal_mask_is_fastmris():
+    subsample = pytest.importorskip("fastmri.data.subsample")
+    mask_function = subsample.EquiSpacedMaskFunc([0.10], [6])
+    theirs, low = mask_function((1, 320, 2), offset=2)
+    ours = equispaced_mask(320, 6, offset=2)
+    assert low == 32 and np.array_equal(theirs.reshape(-1).numpy().astype(bool), ours.numpy())
+
+
 # Super-resolution
+
 
 @every_blur
 def test_the_data_step_is_the_minimum(case):
@@ -295,7 +485,9 @@ def published_solution(kernel: np.ndarray, z: np.ndarray, y: np.ndarray, scale: 
     return np.fft.ifft2((d - K.conj() * np.tile(quotient, (scale, scale))) / weight).real
 
 
-@pytest.mark.parametrize("scale, kernel, small", ((1, (5, 5), (7, 8)), (2, (25, 25), (16, 21)), (3, (4, 7), (9, 5)), (4, (11, 3), (6, 6))))
+@pytest.mark.parametrize(
+    "scale, kernel, small", ((1, (5, 5), (7, 8)), (2, (25, 25), (16, 21)), (3, (4, 7), (9, 5)), (4, (11, 3), (6, 6)))
+)
 def test_the_data_step_is_equation_7_of_usrnet(scale, kernel, small):
     A, z, y = blur(1, 1, scale, kernel, small)
     expected = published_solution(A.kernel[0, 0].numpy(), z[0, 0].numpy(), y[0, 0].numpy(), scale, 0.05)
@@ -319,13 +511,19 @@ def test_the_data_step_is_differentiable():
 def test_blur_is_scipys(case):
     A, x, _ = case()
     kernels = A.kernel.expand(len(x), -1, -1, -1)
-    expected = np.stack([[convolve(channel, kernel[0], mode="wrap") for channel in image] for image, kernel in zip(x.numpy(), kernels.numpy())])
-    assert np.allclose(A(x), expected[..., ::A.scale, ::A.scale], atol=1e-12)
+    expected = np.stack(
+        [
+            [convolve(channel, kernel[0], mode="wrap") for channel in image]
+            for image, kernel in zip(x.numpy(), kernels.numpy())
+        ]
+    )
+    assert np.allclose(A(x), expected[..., :: A.scale, :: A.scale], atol=1e-12)
 
 
 def test_the_published_kernels_do_not_turn_the_image_round(shared):
     """The motion kernels are not symmetric: correlation in place of convolution would show."""
     from scipy.io import loadmat
+
     kernel = loadmat(shared / "kernels" / "kernels_12.mat")["kernels"][0, 8].astype(np.float64)
     image = random_real(1, 1, 40, 50)
     found = BlurDownsample(torch.from_numpy(kernel / kernel.sum()), 2)(image)[0, 0].numpy()
@@ -343,14 +541,16 @@ def test_a_scale_of_one_and_a_point_change_nothing():
 def test_the_transform_of_the_kernel_is_computed_once(monkeypatch):
     A, x, y = blur(1, 1, 2, (3, 3), (4, 6))
     calls = []
-    monkeypatch.setattr("spade.operators.kernel_spectrum", lambda *given: calls.append(given) or kernel_spectrum(*given))
+    monkeypatch.setattr(
+        "spade.operators.kernel_spectrum", lambda *given: calls.append(given) or kernel_spectrum(*given)
+    )
     for _ in range(3):
-        A(x), A.adjoint(y), A.proximal(x, y, 0.1), A.to("cpu").transfer((8, 12))
+        A(x), A.adjoint(y), A.proximal(x, y, 0.1), A.to("cpu").spectrum((8, 12))
     assert len(calls) == 1
     A(random_real(1, 3, 8, 8))
     assert len(calls) == 2
     A.float()(x.float())
-    assert len(calls) == 3 and A.transfer((8, 12)).dtype == torch.complex64
+    assert len(calls) == 3 and A.spectrum((8, 12))[0].dtype == torch.complex64
 
 
 def test_what_was_computed_in_inference_serves_training():
@@ -383,31 +583,58 @@ def test_noise_is_one_number_or_one_for_each_image():
 SQUARE = torch.full((3, 3), 1 / 9)
 
 
-@pytest.mark.parametrize("make, message", (
-    (lambda: BlurDownsample(2 * SQUARE, 2), "kernel must sum to one, found 2"),
-    (lambda: BlurDownsample(SQUARE * torch.nan, 2), "kernel must sum to one, found nan"),
-    (lambda: BlurDownsample(SQUARE[None], 2), r"kernel must have shape .* found \(1, 3, 3\)"),
-    (lambda: BlurDownsample(SQUARE, 0), "scale must be a whole number of at least 1, found 0"),
-    (lambda: BlurDownsample(SQUARE, -2), "scale must be a whole number of at least 1, found -2"),
-    (lambda: BlurDownsample(SQUARE, 2.5), "scale must be a whole number of at least 1, found 2.5"),
-    (lambda: BlurDownsample(SQUARE, 2, -0.1), "noise must be a standard deviation of at least 0, found -0.1"),
-    (lambda: BlurDownsample(SQUARE.expand(3, 1, 3, 3), 2, torch.ones(2)), "noise is for a batch of 2, but the kernels are for 3"),
-    (lambda: BlurDownsample(SQUARE, 2)(torch.ones(1, 3, 2, 8)), "kernel is 3×3, larger than the high-resolution image of 2×8"),
-    (lambda: BlurDownsample(SQUARE, 2).adjoint(torch.ones(1, 3, 1, 8)), "kernel is 3×3, larger than the high-resolution image of 2×16"),
-    (lambda: BlurDownsample(SQUARE, 3)(torch.ones(1, 3, 9, 8)), "image must have sides that are multiples of the scale 3, found 9×8"),
-    (lambda: BlurDownsample(SQUARE, 2)(torch.ones(3, 8, 8)), r"image must have shape .* found \(3, 8, 8\)"),
-    (lambda: BlurDownsample(SQUARE.expand(3, 1, 3, 3), 2)(torch.ones(2, 3, 8, 8)), r"image must have shape \(3, any, any, any\)"),
-    (lambda: BlurDownsample(SQUARE, 2).proximal(torch.ones(1, 3, 9, 8), torch.ones(1, 3, 4, 4), 1.0), r"image must have shape \(1, 3, 8, 8\)"),
-))
+@pytest.mark.parametrize(
+    "make, message",
+    (
+        (lambda: BlurDownsample(2 * SQUARE, 2), "kernel must sum to one, got 2"),
+        (lambda: BlurDownsample(SQUARE * torch.nan, 2), "kernel must sum to one, got nan"),
+        (lambda: BlurDownsample(SQUARE[None], 2), r"kernel must have shape .* got \(1, 3, 3\)"),
+        (lambda: BlurDownsample(SQUARE, 0), "scale must be a whole number of at least 1, got 0"),
+        (lambda: BlurDownsample(SQUARE, -2), "scale must be a whole number of at least 1, got -2"),
+        (lambda: BlurDownsample(SQUARE, 2.5), "scale must be a whole number of at least 1, got 2.5"),
+        (lambda: BlurDownsample(SQUARE, 2, -0.1), "noise must be a standard deviation of at least 0, got -0.1"),
+        (
+            lambda: BlurDownsample(SQUARE.expand(3, 1, 3, 3), 2, torch.ones(2)),
+            "noise must be one number or one per kernel \\(3\\), got 2",
+        ),
+        (
+            lambda: BlurDownsample(SQUARE, 2)(torch.ones(1, 3, 2, 8)),
+            "kernel must fit into the image of 2×8 pixels, got 3×3",
+        ),
+        (
+            lambda: BlurDownsample(SQUARE, 2).adjoint(torch.ones(1, 3, 1, 8)),
+            "kernel must fit into the image of 2×16 pixels, got 3×3",
+        ),
+        (
+            lambda: BlurDownsample(SQUARE, 3)(torch.ones(1, 3, 9, 8)),
+            "image must have sides that are multiples of the scale 3, got 9×8",
+        ),
+        (lambda: BlurDownsample(SQUARE, 2)(torch.ones(3, 8, 8)), r"image must have shape .* got \(3, 8, 8\)"),
+        (
+            lambda: BlurDownsample(SQUARE.expand(3, 1, 3, 3), 2)(torch.ones(2, 3, 8, 8)),
+            r"image must have shape \(3, any, any, any\)",
+        ),
+        (
+            lambda: BlurDownsample(SQUARE, 2).proximal(torch.ones(1, 3, 9, 8), torch.ones(1, 3, 4, 4), 1.0),
+            r"image must have shape \(1, 3, 8, 8\)",
+        ),
+    ),
+)
 def test_super_resolution_that_does_not_fit_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-@pytest.mark.parametrize("make, message", (
-    (lambda: BlurDownsample(SQUARE.to(torch.complex64), 2), "kernel must be real floating point"),
-    (lambda: BlurDownsample(SQUARE, 2)(torch.ones(1, 3, 8, 8, dtype=torch.complex64)), "image must be real floating point"),
-))
+@pytest.mark.parametrize(
+    "make, message",
+    (
+        (lambda: BlurDownsample(SQUARE.to(torch.complex64), 2), "kernel must be real floating point"),
+        (
+            lambda: BlurDownsample(SQUARE, 2)(torch.ones(1, 3, 8, 8, dtype=torch.complex64)),
+            "image must be real floating point",
+        ),
+    ),
+)
 def test_complex_super_resolution_is_refused(make, message):
     with pytest.raises(TypeError, match=message):
         make()

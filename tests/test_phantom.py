@@ -1,4 +1,5 @@
 """The simulator: what it writes, who can read it, what it keeps, what it refuses."""
+
 import subprocess
 import sys
 import warnings
@@ -9,10 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from spade.operators import ifft2c
 from spade.basics import seeded
-from spade.data.phantom import Scan, acquire, coil_maps, draw_subject, head_tissues, load_tissue, object_level, open_images, pixel_grid, read_images, simulate, simulate_slices
-from spade.operators import crop_readout, root_sum_of_squares
+from spade.data.phantom import (
+    Scan,
+    acquire,
+    coil_maps,
+    draw_subject,
+    head_tissues,
+    load_tissue,
+    object_level,
+    open_images,
+    pixel_grid,
+    read_own_images,
+    simulate,
+    simulate_slices,
+)
+from spade.operators import crop_readout, ifft2c, root_sum_of_squares
 
 TINY = dict(num_subjects=2, slices_per_subject=2, shape=(32, 40), num_coils=3, progress=False)
 
@@ -31,7 +44,9 @@ def test_layout_is_fastmris(files):
     with h5py.File(files[0]) as file:
         assert file["kspace"].shape == (2, 3, 64, 40) and file["kspace"].dtype == np.complex64
         assert file["reconstruction_rss"].shape == (2, 32, 40) and file["reconstruction_rss"].dtype == np.float32
-        assert file.attrs["acquisition"] == "AXT2" and file.attrs["max"] == pytest.approx(file["reconstruction_rss"][()].max())
+        assert file.attrs["acquisition"] == "AXT2" and file.attrs["max"] == pytest.approx(
+            file["reconstruction_rss"][()].max()
+        )
         assert file.attrs["norm"] == pytest.approx(np.linalg.norm(file["reconstruction_rss"][()]))
         rss = root_sum_of_squares(crop_readout(torch.from_numpy(file["kspace"][()]), 32))
         assert torch.allclose(rss, torch.from_numpy(file["reconstruction_rss"][()]))
@@ -40,11 +55,18 @@ def test_layout_is_fastmris(files):
 def test_fastmris_own_reader_opens_the_files(files):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = pytest.importorskip("fastmri.data", reason="fastmri 0.3.0 and what it imports are not installed", exc_type=ImportError)
+        data = pytest.importorskip(
+            "fastmri.data", reason="fastmri 0.3.0 and what it imports are not installed", exc_type=ImportError
+        )
     dataset = data.SliceDataset(files[0].parent, challenge="multicoil", use_dataset_cache=False)
     assert len(dataset) == 4
     kspace, mask, target, attributes, name, number = dataset[1]
-    assert kspace.shape == (3, 64, 40) and target.shape == (32, 40) and mask is None and (name, number) == (files[0].name, 1)
+    assert (
+        kspace.shape == (3, 64, 40)
+        and target.shape == (32, 40)
+        and mask is None
+        and (name, number) == (files[0].name, 1)
+    )
     assert attributes["recon_size"] == (32, 40, 1) and attributes["encoding_size"] == (64, 40, 1)
     assert (attributes["padding_left"], attributes["padding_right"]) == (0, 40)
 
@@ -58,7 +80,7 @@ def test_same_seed_same_numbers_and_any_number_of_subjects(files, tmp_path):
 def test_complete_files_are_kept_and_others_made_anew(tmp_path):
     first, second = simulate(tmp_path, **TINY)
     stamp, whole = first.stat().st_mtime_ns, contents(second)
-    second.write_bytes(second.read_bytes()[:1000]) # as after a kill
+    second.write_bytes(second.read_bytes()[:1000])  # as after a kill
     simulate(tmp_path, **TINY)
     assert first.stat().st_mtime_ns == stamp and np.array_equal(contents(second), whole)
     simulate(tmp_path, **TINY | {"snr": 10.0})
@@ -87,7 +109,9 @@ def test_subjects_differ_in_shape_and_contrast():
 
 def test_noise_has_the_asked_level_and_is_complex_and_white():
     image, maps = torch.ones(64, 64, dtype=torch.complex64), coil_maps(4, (64, 64))
-    noise = acquire(image, maps, Scan((64, 64), 4, snr=20.0), seeded("noise")) - acquire(image, maps, Scan((64, 64), 4, snr=1e12), seeded("noise"))
+    noise = acquire(image, maps, Scan((64, 64), 4, snr=20.0), seeded("noise")) - acquire(
+        image, maps, Scan((64, 64), 4, snr=1e12), seeded("noise")
+    )
     level = object_level(maps.abs().square().sum(dim=0).sqrt())
     assert noise.abs().square().mean().sqrt().item() == pytest.approx(level / 20, rel=0.02)
     assert noise.real.std().item() == pytest.approx(noise.imag.std().item(), rel=0.05)
@@ -99,9 +123,9 @@ def test_noise_has_the_asked_level_and_is_complex_and_white():
 def test_coils_are_smooth_and_different(coils):
     maps = coil_maps(coils, (33, 40))
     assert maps.shape == (coils, 33, 40) and maps.dtype == torch.complex64
-    maps = maps * (pixel_grid((33, 40), 0.0, 230 / 33)[..., 1:].norm(dim=-1) < 105) # where a head can be
+    maps = maps * (pixel_grid((33, 40), 0.0, 230 / 33)[..., 1:].norm(dim=-1) < 105)  # where a head can be
     steps = maps.diff(dim=2)[(maps[:, :, 1:] != 0) & (maps[:, :, :-1] != 0)]
-    assert steps.abs().max() < 0.4 * maps.abs().max() # pixels of 7 mm
+    assert steps.abs().max() < 0.4 * maps.abs().max()  # pixels of 7 mm
     gram = torch.einsum("ahw,bhw->ab", maps, maps.conj()).abs()
     norms = gram.diagonal().sqrt()
     assert (gram / norms[:, None] / norms - torch.eye(coils)).max() < 0.99
@@ -112,13 +136,24 @@ def test_odd_sizes_and_no_oversampling():
     assert kspace.shape == (2, 35, 47) and torch.isfinite(torch.view_as_real(kspace)).all()
 
 
-@pytest.mark.parametrize("bad", [dict(shape=(4, 4)), dict(shape=(64,)), dict(num_coils=0), dict(snr=0.0), dict(snr=float("nan")), dict(oversampling=3)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(shape=(4, 4)),
+        dict(shape=(64,)),
+        dict(num_coils=0),
+        dict(snr=0.0),
+        dict(snr=float("nan")),
+        dict(oversampling=3),
+    ],
+)
 def test_settings_that_make_no_scan(tmp_path, bad):
     with pytest.raises(ValueError, match="expected|must be"):
         simulate(tmp_path, **TINY | bad)
 
 
 # Images of one's own
+
 
 def write(path: Path, **datasets) -> Path:
     with h5py.File(path, "w") as file:
@@ -128,7 +163,7 @@ def write(path: Path, **datasets) -> Path:
 
 
 def picture(count: int = 4, shape: tuple[int, int] = (34, 27)) -> np.ndarray:
-    rows, columns = np.mgrid[-1:1:shape[0] * 1j, -1:1:shape[1] * 1j]
+    rows, columns = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
     return np.stack([(rows**2 + columns**2 < 0.7) * (1 + 0.3 * np.cos(3 * rows + i)) for i in range(count)])
 
 
@@ -136,8 +171,13 @@ def picture(count: int = 4, shape: tuple[int, int] = (34, 27)) -> np.ndarray:
 def test_images_of_every_kind_keep_their_magnitude(tmp_path, kind):
     values = picture() / 1.3
     phase = values * np.exp(1j)
-    stored = {"complex": phase.astype(np.complex64), "channels": np.stack([phase.real, phase.imag], axis=1).__mul__(4095).astype(np.int16),
-              "uint8": (255 * values).astype(np.uint8), "uint16": (60000 * values).astype(np.uint16), "float64": values}[kind]
+    stored = {
+        "complex": phase.astype(np.complex64),
+        "channels": np.stack([phase.real, phase.imag], axis=1).__mul__(4095).astype(np.int16),
+        "uint8": (255 * values).astype(np.uint8),
+        "uint16": (60000 * values).astype(np.uint16),
+        "float64": values,
+    }[kind]
     path = write(tmp_path / "own.h5", pictures=stored, subject=np.array([0, 0, 1, 1]))
     files = simulate(tmp_path / "out", None, None, shape=None, num_coils=3, snr=1e6, images=path, progress=False)
     assert [file.name for file in files] == ["own_0.h5", "own_1.h5"]
@@ -146,14 +186,14 @@ def test_images_of_every_kind_keep_their_magnitude(tmp_path, kind):
         found = torch.from_numpy(file["reconstruction_rss"][()])
     inside = torch.from_numpy(values[2:] > 0.5)
     sensitivity = found[inside] / torch.from_numpy(values[2:]).float()[inside]
-    assert sensitivity.std() / sensitivity.mean() < 0.5 # smooth coils over the picture, nothing else
+    assert sensitivity.std() / sensitivity.mean() < 0.5  # smooth coils over the picture, nothing else
     assert found[~inside].mean() < 0.05 * found[inside].mean()
 
 
 def test_magnitudes_get_a_phase_and_complex_images_keep_theirs(tmp_path):
     for name, values in {"complex": picture() * np.exp(0.5j), "magnitude": picture()}.items():
         path = write(tmp_path / f"{name}.h5", pictures=values, subject=np.zeros(4))
-        file, = simulate(tmp_path / name, None, 1, shape=None, num_coils=1, snr=1e6, images=path, progress=False)
+        (file,) = simulate(tmp_path / name, None, 1, shape=None, num_coils=1, snr=1e6, images=path, progress=False)
         image = ifft2c(crop_readout(torch.from_numpy(contents(file)), 34))[0, 0]
         coil_free = image / torch.where(image.abs() > 0.2 * image.abs().max(), image.abs(), torch.inf)
         spread = 1 - coil_free[coil_free != 0].mean().abs()
@@ -163,15 +203,18 @@ def test_magnitudes_get_a_phase_and_complex_images_keep_theirs(tmp_path):
             assert spread > flat + 0.02
 
 
-@pytest.mark.parametrize("datasets, settings, sentence", [
-    (dict(weight=np.zeros(4)), {}, "holds 0 datasets that could be images"),
-    (dict(a=picture(), b=picture()), {}, "holds 2 datasets"),
-    (dict(a=picture()), dict(dataset="b"), "no dataset 'b'"),
-    (dict(a=np.zeros((4, 3, 8, 8))), {}, r"expected numbers \(N, H, W\)"),
-    (dict(a=np.zeros(4)), dict(dataset="a"), r"expected numbers \(N, H, W\)"),
-    (dict(a=picture()), {}, "subjects="),
-    (dict(a=picture(), subject=np.zeros(3)), {}, "4 images but 3 labels"),
-])
+@pytest.mark.parametrize(
+    "datasets, settings, sentence",
+    [
+        (dict(weight=np.zeros(4)), {}, "holds 0 datasets that could be images"),
+        (dict(a=picture(), b=picture()), {}, "holds 2 datasets"),
+        (dict(a=picture()), dict(dataset="b"), "no dataset 'b'"),
+        (dict(a=np.zeros((4, 3, 8, 8))), {}, r"expected numbers \(N, H, W\)"),
+        (dict(a=np.zeros(4)), dict(dataset="a"), r"expected numbers \(N, H, W\)"),
+        (dict(a=picture()), {}, "subjects="),
+        (dict(a=picture(), subject=np.zeros(3)), {}, "must hold one label per image, got 3 for 4 images"),
+    ],
+)
 def test_image_files_that_are_refused(tmp_path, datasets, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         open_images(write(tmp_path / "own.h5", **datasets), **settings)
@@ -184,10 +227,10 @@ def test_image_values_that_are_refused(tmp_path):
     images = open_images(write(tmp_path / "own.h5", pictures=broken), subjects="each")
     assert list(images.subjects) == ["0000", "0001", "0002", "0003"]
     with pytest.raises(ValueError, match=r"image 1 in .*own.h5 is not finite"):
-        read_images(images, [0, 1])
+        read_own_images(images, [0, 1])
     with pytest.raises(ValueError, match=r"image 2 in .*own.h5 is zero everywhere"):
-        read_images(images, [2, 3])
-    with pytest.raises(ValueError, match="shows 4 subjects, but 5"):
+        read_own_images(images, [2, 3])
+    with pytest.raises(ValueError, match="num_subjects must be at most 4 .* got 5"):
         simulate(tmp_path, 5, None, images=images, progress=False)
     (tmp_path / "text.h5").write_text("not HDF5")
     with pytest.raises(ValueError, match="text.h5 is not a readable HDF5 file"):
@@ -200,19 +243,27 @@ def test_real_complex_images_of_an_even_by_even_and_a_resampled_size(shared, tmp
     path = shared / "mri" / "siat_t2_brain_complex.h5"
     images = open_images(path)
     assert images.dataset == "/image_int16" and len(images.subjects) == 7
-    native, = simulate(tmp_path / "native", 1, 2, shape=None, num_coils=4, images=path, progress=False)
-    small, = simulate(tmp_path / "small", 1, 2, shape=(96, 96), num_coils=4, images=path, progress=False)
+    (native,) = simulate(tmp_path / "native", 1, 2, shape=None, num_coils=4, images=path, progress=False)
+    (small,) = simulate(tmp_path / "small", 1, 2, shape=(96, 96), num_coils=4, images=path, progress=False)
     with h5py.File(native) as file, h5py.File(small) as other:
         assert file["kspace"].shape == (2, 4, 540, 256) and other["kspace"].shape == (2, 4, 192, 96)
-        ratio = file["reconstruction_rss"][0].sum() / other["reconstruction_rss"][0].sum() * (96 / 270) ** 2 # padded to 270 x 270
-    assert ratio == pytest.approx(1, abs=0.1) # brightness survives the change of size
+        ratio = (
+            file["reconstruction_rss"][0].sum() / other["reconstruction_rss"][0].sum() * (96 / 270) ** 2
+        )  # padded to 270 x 270
+    assert ratio == pytest.approx(1, abs=0.1)  # brightness survives the change of size
 
 
 def test_tissue_maps_are_found_from_an_empty_folder(tmp_path):
-    code = "from spade.data.phantom import simulate; print(simulate('out', 1, 1, shape=(32, 32), num_coils=2, progress=False)[0].exists())"
+    code = "from spade.data.phantom import simulate; print(simulate('out', 1, 1, (32, 32), 2, progress=False)[0].exists())"
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""},
-                          capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.stdout.strip() == "True", done.stderr
 
 
@@ -220,8 +271,11 @@ def test_the_name_of_the_files_is_the_callers_with_own_images_too(tmp_path):
     path = write(tmp_path / "own.h5", pictures=picture(), subject=np.array([0, 0, 1, 1]))
     arguments = dict(num_subjects=None, slices_per_subject=1, shape=None, num_coils=2, images=path, progress=False)
     named, unnamed = simulate(tmp_path, name="heads", **arguments), simulate(tmp_path, **arguments)
-    assert [file.name for file in named] == ["heads_0.h5", "heads_1.h5"] and [file.name for file in unnamed] == ["own_0.h5", "own_1.h5"]
+    assert [file.name for file in named] == ["heads_0.h5", "heads_1.h5"] and [file.name for file in unnamed] == [
+        "own_0.h5",
+        "own_1.h5",
+    ]
     for one, other in zip(named, unnamed):
         assert np.array_equal(contents(one), contents(other)), "a name changes no number"
-    drawn, = simulate(tmp_path, 1, 1, shape=(32, 32), num_coils=2, progress=False)
+    (drawn,) = simulate(tmp_path, 1, 1, shape=(32, 32), num_coils=2, progress=False)
     assert drawn.name == "demo_0000.h5"

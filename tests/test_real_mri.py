@@ -126,7 +126,7 @@ def test_columns_that_the_scanner_filled_with_zeros(multicoil, tmp_path):
     batch = next(iter(loader(MultiCoilSlices([path], acceleration=2, acs_fraction=0.15))))
     mask = batch.A.mask[0, 0, 0]
     assert not mask[:44].any() and not mask[212:].any() and 0.4 < mask[measured].float().mean() < 0.7
-    # Where the head wraps, a pixel would need two maps: one set leaves a third of the measurement unexplained, whatever the solver
+    # Where the head wraps, a pixel needs two maps: one set leaves a third of the measurement unexplained
     x_hat = cg_sense(batch.y, batch.A, 1e-2, 5)
     assert 0.25 < residual(lambda y, A: x_hat, batch) < residual(zero_filled, batch) < 0.4
     assert psnr(x_hat[0], batch.x[0]) > psnr(zero_filled(batch.y, batch.A)[0], batch.x[0]) + 2
@@ -171,7 +171,7 @@ def test_images_and_kspace_of_the_files_follow_our_convention(multicoil):
 @every_network
 @pytest.mark.parametrize("name", [*FULLY_SAMPLED, "brain_t1_8ch_alias"])
 def test_pruned_networks_learn_from_a_real_reference(multicoil, tmp_path, name, network):
-    "Undersampled retrospectively, each file goes through each network; a few supervised steps bring it nearer to the reference."
+    """Each file goes through each network; a few supervised steps bring it nearer to the reference."""
     measured = slice(44, 212) if name == "brain_t1_8ch_alias" else None
     path = as_fastmri(multicoil / f"{name}.h5", tmp_path / f"{name}.h5", measured=measured)
     batches = list(
@@ -210,7 +210,7 @@ def test_school_on_real_measurements(multicoil, tmp_path, network):
 
 @every_network
 def test_self_supervision_on_a_real_accelerated_acquisition(multicoil, tmp_path, network):
-    "From a T1 slice of one scanner to a T2 slice of another, of which no ground truth exists: loss and misfit fall all the same."
+    """From a T1 slice to a T2 slice of another scanner without ground truth: loss and misfit fall."""
     teacher = fresh(network)
     others = MultiCoilSlices(
         [as_fastmri(multicoil / "brain_t1_4ch_ge.h5", tmp_path / "ge.h5")], acceleration=3, acs_fraction=0.15, crop=64

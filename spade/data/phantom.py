@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['LATTICE', 'LATTICE_STEP', 'RELAXATION', 'BRAIN_EDGE', 'HEADER', 'VERSION', 'SUBJECT_NAMES', 'Tissue', 'load_tissue',
-           'uniform', 'smooth_field', 'pixel_size', 'pixel_grid', 'look_up', 'Subject', 'draw_signal', 'draw_affine',
-           'draw_lesions', 'draw_subject', 'brain_tissues', 'step_up', 'outer_layers', 'lesion_fraction',
+           'uniform', 'smooth_field', 'pixel_size', 'pixel_grid', 'sample_volume', 'Subject', 'draw_signal',
+           'draw_affine', 'draw_lesions', 'draw_subject', 'brain_tissues', 'step_up', 'outer_layers', 'lesion_fraction',
            'head_tissues', 'texture', 'vessels', 'magnitude_image', 'smooth_phase', 'coil_loops', 'biot_savart',
-           'coil_maps', 'Scan', 'check_scan', 'centred_fft', 'object_level', 'acquire', 'ismrmrd_header', 'is_complete',
+           'coil_maps', 'Scan', 'check_scan', 'centred_fft', 'object_level', 'acquire', 'ismrmrd_header', 'has_key',
            'write_acquisition', 'simulate_slices', 'find_dataset', 'image_labels', 'Images', 'open_images',
-           'read_images', 'centre_fit', 'resize', 'simulate_image_slices', 'spread', 'simulate_from_images', 'simulate']
+           'read_own_images', 'centre_fit', 'resize', 'simulate_image_slices', 'spread_evenly', 'Acquisition',
+           'image_acquisitions', 'drawn_acquisitions', 'simulate']
 
 # %% ../../nbs/data/22_phantom.ipynb #c003
 import importlib.resources
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,13 +85,13 @@ def pixel_size(
 
 
 def pixel_grid(shape: Sequence[int], z: float, step: float) -> Tensor:
-    """Positions `(H, W, 3)` of the pixels of the axial slice at height `z`, as (z, y, x) in mm; row 0 is the forehead."""
+    """Positions `(H, W, 3)` in mm, as (z, y, x), of the pixels of the axial slice at height `z`."""
     rows, columns = (torch.arange(size, dtype=torch.float32) - size // 2 for size in shape)
     y, x = torch.meshgrid(-rows * step, columns * step, indexing="ij")
     return torch.stack([torch.full_like(x, z), y, x], dim=-1)
 
 # %% ../../nbs/data/22_phantom.ipynb #c025
-def look_up(volume: Tensor, position: Tensor, spacing: Sequence[float]) -> Tensor:
+def sample_volume(volume: Tensor, position: Tensor, spacing: Sequence[float]) -> Tensor:
     """Trilinear samples `(channels, H, W)` of `(channels, Z, Y, X)` at positions `(H, W, 3)`, mm from its centre."""
     half = torch.tensor([(size - 1) * step / 2 for size, step in zip(volume.shape[1:], spacing, strict=True)])
     grid = (position / half).flip(-1)[None, None]  # grid_sample wants (x, y, z) in [-1, 1]
@@ -126,7 +128,7 @@ RELAXATION = {
 
 
 def draw_signal(generator: torch.Generator) -> dict[str, float]:
-    """Signal of each tissue, PD·(1 - exp(-TR / T1))·exp(-TE / T2): TR 4.5 to 6 s, TE 85 to 115 ms, T2 ±4 % (one standard deviation)."""
+    """Signal of each tissue: TR 4.5 to 6 s, TE 85 to 115 ms, T2 ±4 % (one standard deviation)."""
     repetition, echo = uniform(4500, 6000, generator).item(), uniform(85, 115, generator).item()
     spread = 1 + 0.04 * torch.randn(len(RELAXATION), generator=generator).clamp(-2, 2)
     return {
@@ -155,7 +157,7 @@ def draw_lesions(generator: torch.Generator) -> Tensor:
 
 # %% ../../nbs/data/22_phantom.ipynb #c040
 def draw_subject(seed: int, number: int) -> Subject:
-    """Everything about subject `number` that does not depend on the scanner. The same arguments give the same subject."""
+    """Subject `number`: everything that does not depend on the scanner, drawn from (seed, number)."""
     generator = seeded("subject", seed, number)
     coarse = smooth_field(LATTICE, [8.0] * 3, generator, 3) * 3.0
     fine = smooth_field(LATTICE, [1.6] * 3, generator, 3) * 1.3
@@ -176,9 +178,9 @@ def brain_tissues(
     tissue: Tissue, subject: Subject, template: Tensor, scanner: Tensor, sharpness: float = 3.0
 ) -> Tensor:
     """Fractions of white matter, grey matter and fluid `(3, H, W)`, as sharp as one person's."""
-    white, grey = look_up(torch.stack([tissue.white, tissue.grey]), template, tissue.spacing)
+    white, grey = sample_volume(torch.stack([tissue.white, tissue.grey]), template, tissue.spacing)
     average = torch.stack([white, grey, (1 - white - grey).clamp(min=0)])
-    noise = look_up(subject.individuality[:3], scanner, [LATTICE_STEP] * 3)
+    noise = sample_volume(subject.individuality[:3], scanner, [LATTICE_STEP] * 3)
     return (sharpness * (average + 1e-3).log() + 1.2 * noise).softmax(dim=0)
 
 # %% ../../nbs/data/22_phantom.ipynb #c048
@@ -206,10 +208,10 @@ def lesion_fraction(lesions: Tensor, template: Tensor) -> Tensor:
 def head_tissues(tissue: Tissue, subject: Subject, z: float, shape: Sequence[int], step: float) -> dict[str, Tensor]:
     """Fraction `(H, W)` of each tissue in the axial slice at height `z` mm, with pixels of `step` mm."""
     scanner = pixel_grid(shape, z, step)
-    moved = scanner + look_up(subject.displacement, scanner, [LATTICE_STEP] * 3).permute(1, 2, 0)
+    moved = scanner + sample_volume(subject.displacement, scanner, [LATTICE_STEP] * 3).permute(1, 2, 0)
     template = moved @ subject.affine.T
-    thickness = 1 + 0.2 * look_up(subject.individuality[3:], scanner, [LATTICE_STEP] * 3)[0]
-    distance = look_up(tissue.outside[None], template, tissue.spacing)[0] * thickness
+    thickness = 1 + 0.2 * sample_volume(subject.individuality[3:], scanner, [LATTICE_STEP] * 3)[0]
+    distance = sample_volume(tissue.outside[None], template, tissue.spacing)[0] * thickness
     fractions = outer_layers(distance, subject.layers, subject.scalp)
     white, grey, fluid = (1 - step_up(distance, BRAIN_EDGE)) * brain_tissues(tissue, subject, template, scanner)
     fractions |= {"white": white, "grey": grey, "fluid": fluid + fractions["fluid"]}
@@ -259,7 +261,7 @@ def smooth_phase(shape: Sequence[int], generator: torch.Generator, strength: flo
 
 # %% ../../nbs/data/22_phantom.ipynb #c065
 def coil_loops(num_coils: int, turn: float = 0.0, points: int = 48) -> Tensor:
-    """Wire positions `(coils, points, 3)`, (z, y, x) in mm, of loops on an elliptic cylinder round the head; two rings above 8 coils."""
+    """Wire loops `(coils, points, 3)`, (z, y, x) in mm, on an elliptic cylinder; two rings above 8 coils."""
     rings = 1 if num_coils <= 8 else 2
     coil = torch.arange(num_coils)
     per_ring = math.ceil(num_coils / rings)
@@ -294,7 +296,7 @@ def coil_maps(
     field_of_view: float = 230.0,  # mm
     turn: float = 0.0,  # of the coil array round the head, radians
 ) -> Tensor:  # complex64 `(coils, H, W)`; Σ|S|² is 1 in the mean over the middle of the field of view
-    """Receive sensitivities by Biot–Savart, $S = B_x - iB_y$, on a coarse grid and interpolated: the field is smooth."""
+    """Receive sensitivities by Biot–Savart, $S = B_x - iB_y$, on a coarse grid and interpolated."""
     coarse = tuple(max(2, round(36 * size / min(shape))) for size in shape)
     step = pixel_size(shape, field_of_view)
     extent = [(size - 1) / (few - 1) for size, few in zip(shape, coarse, strict=True)]
@@ -311,18 +313,19 @@ def coil_maps(
 class Scan(NamedTuple):
     """What the simulated scanner is set to."""
 
-    shape: tuple[int, int] = (128, 128)  # (H, W) of the image; k-space is (oversampling·H, W)
+    shape: tuple[int, ...] = (128, 128)  # (H, W) of the image; k-space is (oversampling·H, W)
     num_coils: int = 8
     snr: float = 35.0  # mean magnitude of the object over the noise of one pixel
     oversampling: int = 2  # along the readout (rows)
 
 
-def check_scan(scan: Scan) -> None:
-    """Refuse settings that make no scan."""
+def check_scan(scan: Scan) -> Scan:
+    """The scan; raises `ValueError` for settings that make none."""
     if len(scan.shape) != 2 or min(scan.shape) < 16 or any(size != int(size) for size in scan.shape):
-        raise ValueError(f"shape must be two whole numbers (H, W) of at least 16, found {scan.shape}.")
+        raise ValueError(f"shape must be two whole numbers (H, W) of at least 16, got {scan.shape}.")
     if scan.num_coils < 1 or scan.oversampling not in (1, 2) or not scan.snr > 0:
-        raise ValueError(f"expected num_coils of at least 1, snr above 0 and oversampling 1 or 2, found {scan}.")
+        raise ValueError(f"expected num_coils of at least 1, snr above 0 and oversampling 1 or 2, got {scan}.")
+    return scan
 
 # %% ../../nbs/data/22_phantom.ipynb #c078
 def centred_fft(signal: Tensor, axis: int, size: int, padded: int | None = None) -> Tensor:
@@ -397,7 +400,7 @@ def ismrmrd_header(shape: Sequence[int], num_coils: int, oversampling: int = 2, 
     )
 
 # %% ../../nbs/data/22_phantom.ipynb #c091
-def is_complete(path: Path, key: str) -> bool:
+def has_key(path: Path, key: str) -> bool:
     """Whether `path` is a readable file that was made with the same settings."""
     try:
         with h5py.File(path, "r") as file:
@@ -432,7 +435,7 @@ def write_acquisition(
                 spade_simulated=True,
             )
 
-    return path if is_complete(path, key) else atomic_write(path, write)
+    return path if has_key(path, key) else atomic_write(path, write)
 
 # %% ../../nbs/data/22_phantom.ipynb #c095
 VERSION = 3  # of the simulation: raise it when the same settings give other numbers
@@ -461,8 +464,8 @@ def find_dataset(file: h5py.File, name: str | None) -> h5py.Dataset:
     found = [value for value in file.values() if isinstance(value, h5py.Dataset) and value.ndim in (3, 4)]
     if len(found) != 1:
         raise ValueError(
-            f"{file.filename} holds {len(found)} datasets that could be images (3 or 4 axes), expected 1: name one with dataset=, "
-            f"of {', '.join(sorted(file)) or 'none'}."
+            f"{file.filename} holds {len(found)} datasets that could be images (3 or 4 axes), expected 1: "
+            f"name one with dataset=, of {', '.join(sorted(file)) or 'none'}."
         )
     return found[0]
 
@@ -475,14 +478,12 @@ def image_labels(file: h5py.File, count: int, subjects: str | None) -> dict[str,
         name = subjects or next((name for name in SUBJECT_NAMES if name in file), None)
         if name is None or name not in file:
             raise ValueError(
-                f"{file.filename} has no dataset {subjects or 'of subjects'!r}; pass subjects= the dataset of one label per image, "
-                "'each' if every image shows another person, or 'all'."
+                f"{file.filename} has no dataset {subjects or 'of subjects'!r}; pass subjects= the dataset of "
+                "one label per image, 'each' if every image shows another person, or 'all'."
             )
         labels = [value.decode() if isinstance(value, bytes) else str(value) for value in file[name][()].tolist()]
     if len(labels) != count:
-        raise ValueError(
-            f"{file.filename} holds {count} images but {len(labels)} labels in {name!r}; expected one label per image."
-        )
+        raise ValueError(f"{file.filename} must hold one label per image, got {len(labels)} for {count} images.")
     return {label: [i for i, other in enumerate(labels) if other == label] for label in dict.fromkeys(labels)}
 
 # %% ../../nbs/data/22_phantom.ipynb #c102
@@ -518,13 +519,14 @@ def open_images(
             or found.dtype.kind not in "ciuf"
         ):
             raise ValueError(
-                f"{found.name[1:]!r} in {path} is {found.dtype} with shape {found.shape}; expected numbers (N, H, W), or real (N, 2, H, W)."
+                f"{found.name[1:]!r} in {path} is {found.dtype} with shape {found.shape}; "
+                "expected numbers (N, H, W), or real (N, 2, H, W)."
             )
         return Images(Path(path), found.name, image_labels(file, len(found), subjects))
 
 # %% ../../nbs/data/22_phantom.ipynb #c104
-def read_images(images: Images, indices: Sequence[int]) -> Tensor:
-    """Some images of the file, complex64 `(n, H, W)`, maximum 1. Raises `ValueError` naming an image that is empty or not finite."""
+def read_own_images(images: Images, indices: Sequence[int]) -> Tensor:
+    """Images of the file, complex64 `(n, H, W)`, maximum 1; raises `ValueError` for an empty one or a NaN."""
     with h5py.File(images.path, "r") as file:
         values = file[images.dataset][indices]
     values = values[:, 0] + 1j * values[:, 1].astype(np.float32) if values.ndim == 4 else values
@@ -532,9 +534,8 @@ def read_images(images: Images, indices: Sequence[int]) -> Tensor:
     peak = values.abs().amax(dim=(1, 2))
     for index, maximum in zip(indices, peak.tolist(), strict=True):
         if not 0 < maximum < math.inf:
-            raise ValueError(
-                f"image {index} in {images.path} is {'zero everywhere' if maximum == 0 else 'not finite (NaN or infinity)'}."
-            )
+            found = "zero everywhere" if maximum == 0 else "not finite (NaN or infinity)"
+            raise ValueError(f"image {index} in {images.path} is {found}.")
     return values / peak.max()
 
 # %% ../../nbs/data/22_phantom.ipynb #c106
@@ -566,49 +567,56 @@ def simulate_image_slices(values: Tensor, label: str, seed: int, scan: Scan, add
         yield acquire(image, coil_maps(scan.num_coils, scan.shape, z, turn=turn), scan, generator)
 
 # %% ../../nbs/data/22_phantom.ipynb #c110
-def spread(indices: Sequence[int], count: int | None) -> list[int]:
+def spread_evenly(indices: Sequence[int], count: int | None) -> list[int]:
     """`count` of the indices, evenly spread; all, if there are no more."""
     if count is None or count >= len(indices):
         return list(indices)
     return [indices[int((i + 0.5) * len(indices) / count)] for i in range(count)]
 
-
-def simulate_from_images(
-    folder: str | Path,
-    images: str | Path | Images,  # an HDF5 file, or what `open_images` found in it
-    num_subjects: int | None = None,  # None: all
-    slices_per_subject: int | None = None,  # at most, evenly spread; None: all
-    shape: Sequence[int] | None = None,  # (H, W); None: as the images are
-    num_coils: int = 8,
-    snr: float = 35.0,
-    seed: int = 0,
-    progress: bool = True,
-    oversampling: int = 2,
-    add_phase: bool | None = None,  # None: only where the images are magnitudes
-    name: str | None = None,  # files are called `{name}_{subject}.h5`; None: as the file of images
-) -> list[Path]:
-    """One acquisition per subject of a file of images; a complete file of the same images and settings is kept."""
-    images, paths = images if isinstance(images, Images) else open_images(images), []
-    if num_subjects is not None and num_subjects > len(images.subjects):
-        raise ValueError(f"{images.path} shows {len(images.subjects)} subjects, but {num_subjects} are asked for.")
-    for label, indices in tqdm(
-        list(images.subjects.items())[:num_subjects], desc="simulating subjects", disable=not progress
-    ):
-        values = read_images(images, spread(indices, slices_per_subject))
-        phase = add_phase if add_phase is not None else bool((values.imag == 0).all())
-        scan = Scan(tuple(shape or values.shape[1:]), num_coils, snr, oversampling)
-        check_scan(scan)
-        path = Path(folder) / f"{name or images.path.stem}_{label}.h5"
-        key = content_key("images", VERSION, values, label, seed, phase, list(scan))
-        write_acquisition(path, lambda: simulate_image_slices(values, label, seed, scan, phase), scan, label, key)
-        paths.append(path)
-    return paths
-
 # %% ../../nbs/data/22_phantom.ipynb #c112
+class Acquisition(NamedTuple):
+    """One file to be written."""
+
+    label: str  # the end of its name
+    patient_id: str
+    key: str  # of everything that determines its content
+    scan: Scan
+    slices: Callable[[], Iterable[Tensor]]  # makes the k-space of each slice
+
+
+def image_acquisitions(
+    images: Images,
+    num_subjects: int | None,
+    slices_per_subject: int | None,
+    scan: Scan,
+    keep_shape: bool,  # measure images as large as they are; otherwise they are resized to the scan
+    seed: int,
+    add_phase: bool | None,  # None: only where the images are magnitudes
+) -> Iterator[Acquisition]:
+    """An acquisition for each subject of a file of images."""
+    if num_subjects is not None and num_subjects > len(images.subjects):
+        raise ValueError(f"num_subjects must be at most {len(images.subjects)} for {images.path}, got {num_subjects}.")
+    for label, indices in list(images.subjects.items())[:num_subjects]:
+        values = read_own_images(images, spread_evenly(indices, slices_per_subject))
+        phase = add_phase if add_phase is not None else bool((values.imag == 0).all())
+        own = check_scan(scan._replace(shape=tuple(values.shape[1:])) if keep_shape else scan)
+        key = content_key("images", VERSION, values, label, seed, phase, list(own))
+        yield Acquisition(label, label, key, own, partial(simulate_image_slices, values, label, seed, own, phase))
+
+# %% ../../nbs/data/22_phantom.ipynb #c114
+def drawn_acquisitions(num_subjects: int, slices: int, scan: Scan, seed: int, name: str) -> Iterator[Acquisition]:
+    """An acquisition for each subject drawn from the seed."""
+    tissue = load_tissue()
+    for number in range(num_subjects):
+        key = content_key("phantom", VERSION, seed, number, slices, list(check_scan(scan)))
+        draw = partial(simulate_slices, tissue, seed, number, slices, scan)
+        yield Acquisition(f"{number:04d}", f"{name}-{seed}-{number:04d}", key, scan, draw)
+
+# %% ../../nbs/data/22_phantom.ipynb #c115
 def simulate(
     folder: str | Path,  # where the files go
-    num_subjects: int | None,  # with `images`, None stands for all
-    slices_per_subject: int | None,  # with `images`, None stands for all
+    num_subjects: int | None,  # None, with `images`: all
+    slices_per_subject: int | None,  # None, with `images`: all
     shape: Sequence[int] | None = (128, 128),  # (H, W) of the images; None, with `images`: as they are
     num_coils: int = 8,
     snr: float = 35.0,  # mean magnitude of the object over the noise of one pixel
@@ -617,34 +625,24 @@ def simulate(
     progress: bool = True,
     oversampling: int = 2,  # along the readout; fastMRI's files have 2
     name: str | None = None,  # files are called `{name}_0007.h5`; None: "demo" or, with `images`, as that file
+    add_phase: bool | None = None,  # with `images`: simulate a phase; None: only where they are magnitudes
 ) -> list[Path]:
-    """One file per subject, in fastMRI's format. Raises `ValueError` for settings that make no scan."""
+    """One file per subject, in fastMRI's format; complete files of the same settings are kept.
+
+    Raises `ValueError` for settings that make no scan."""
+    scan, made = Scan(tuple(shape or (16, 16)), num_coils, snr, oversampling), []
     if images is not None:
-        return simulate_from_images(
-            folder,
-            images,
-            num_subjects,
-            slices_per_subject,
-            shape,
-            num_coils,
-            snr,
-            seed,
-            progress,
-            oversampling,
-            name=name,
-        )
-    name = name or "demo"
-    if min(num_subjects or 0, slices_per_subject or 0) < 1:
-        raise ValueError(
-            f"expected at least one subject and one slice of each, found num_subjects={num_subjects} and slices_per_subject={slices_per_subject}."
-        )
-    scan, tissue, paths = Scan(tuple(shape), num_coils, snr, oversampling), load_tissue(), []
-    check_scan(scan)
-    for number in tqdm(range(num_subjects), desc="simulating subjects", disable=not progress):
-        path, subject = Path(folder) / f"{name}_{number:04d}.h5", f"{name}-{seed}-{number:04d}"
-        key = content_key("phantom", VERSION, seed, number, slices_per_subject, list(scan))
-        write_acquisition(
-            path, lambda: simulate_slices(tissue, seed, number, slices_per_subject, scan), scan, subject, key
-        )
-        paths.append(path)
-    return paths
+        images = images if isinstance(images, Images) else open_images(images)
+        jobs = image_acquisitions(images, num_subjects, slices_per_subject, scan, shape is None, seed, add_phase)
+        name, count = name or images.path.stem, num_subjects or len(images.subjects)
+    else:
+        count, slices, name = num_subjects or 0, slices_per_subject or 0, name or "demo"
+        if min(count, slices) < 1:
+            raise ValueError(
+                f"num_subjects and slices_per_subject must be at least 1, got {num_subjects} and {slices_per_subject}."
+            )
+        jobs = drawn_acquisitions(count, slices, scan, seed, name)
+    for job in tqdm(jobs, total=count, desc="simulating subjects", disable=not progress):
+        path = Path(folder) / f"{name}_{job.label}.h5"
+        made.append(write_acquisition(path, job.slices, job.scan, job.patient_id, job.key))
+    return made

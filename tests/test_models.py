@@ -274,5 +274,7 @@ def test_the_documentation_of_the_call_says_what_is_refused(name):
 def test_registry_names_its_choices():
     with pytest.raises(ValueError, match="deq, varnet, e2e-varnet"):
         build("resnet")
-    with pytest.raises(ValueError, match="Linear"):
-        network_name(nn.Linear(1, 1))
+    foreign = type("VarNet", (nn.Module,), {})()  # the name of a class is not enough
+    for model, found in ((nn.Linear(1, 1), "Linear"), (foreign, "VarNet")):
+        with pytest.raises(ValueError, match=f"model must be one of DEQ, .* of spade.models, got .*{found}"):
+            network_name(model)

@@ -1,4 +1,5 @@
 """The MRI networks: sizes of the paper, one calling convention, what they offer for pruning, foreign and bad input."""
+
 import copy
 from pathlib import Path
 
@@ -6,18 +7,32 @@ import pytest
 import torch
 from torch import nn
 
-from spade.models import DEQ, EDSR, E2EVarNet, NormUnet, Unet, VarNet, build, channels_to_complex, complex_to_channels, network_name
+from spade.models import (
+    DEQ,
+    EDSR,
+    E2EVarNet,
+    NormUnet,
+    Unet,
+    VarNet,
+    build,
+    channels_to_complex,
+    complex_to_channels,
+    network_name,
+)
 from spade.operators import MultiCoilMRI
 
 PAPER = {"deq": 999_428, "varnet": 19_634_712, "e2e-varnet": 20_119_610}
-SMALL = {"deq": dict(features=6, num_blocks=1), "varnet": dict(num_cascades=2, channels=4, num_pools=2),
-         "e2e-varnet": dict(num_cascades=2, channels=4, num_pools=2, sens_channels=2, sens_num_pools=2)}
+SMALL = {
+    "deq": dict(features=6, num_blocks=1),
+    "varnet": dict(num_cascades=2, channels=4, num_pools=2),
+    "e2e-varnet": dict(num_cascades=2, channels=4, num_pools=2, sens_channels=2, sens_num_pools=2),
+}
 
 
 def problem(batch=1, coils=3, height=15, width=17, dtype=torch.complex64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(batch, 1, 1, width, generator=generator) < .4
-    mask[..., width // 2 - 2: width // 2 + 3] = True
+    mask = torch.rand(batch, 1, 1, width, generator=generator) < 0.4
+    mask[..., width // 2 - 2 : width // 2 + 3] = True
     maps = torch.randn(batch, coils, height, width, dtype=dtype, generator=generator)
     A = MultiCoilMRI(mask, maps / maps.abs().square().sum(dim=1, keepdim=True).sqrt())
     return A(torch.randn(batch, 1, height, width, dtype=dtype, generator=generator)), A
@@ -120,6 +135,7 @@ def test_scale_of_an_empty_measurement(name):
 @pytest.mark.parametrize("name", PAPER)
 def test_config_rebuilds_the_network(name):
     import json
+
     model = small(name)
     other = build(name, **json.loads(json.dumps(model.config())))
     other.load_state_dict(model.state_dict())
@@ -136,13 +152,17 @@ def test_k_space_that_does_not_fit_is_refused(name):
 
 # --- what is offered for pruning -------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", PAPER)
 def test_priors_hold_all_weights_but_the_physics(name):
     model = build(name)
     offered = {id(weight) for module, _, _ in model.priors() for weight in module.parameters()}
     left = {weight_name for weight_name, weight in model.named_parameters() if id(weight) not in offered}
-    expected = {"deq": lambda w: w in ("alpha", "gamma"), "varnet": lambda w: w.endswith("dc_weight"),
-                "e2e-varnet": lambda w: w.endswith("dc_weight") or w.startswith("sens_net.")}[name]
+    expected = {
+        "deq": lambda w: w in ("alpha", "gamma"),
+        "varnet": lambda w: w.endswith("dc_weight"),
+        "e2e-varnet": lambda w: w.endswith("dc_weight") or w.startswith("sens_net."),
+    }[name]
     assert left and all(expected(weight_name) for weight_name in left)
     assert sum(not weight_name.startswith("sens_net.") for weight_name in left) == (2 if name == "deq" else 8)
 
@@ -162,13 +182,14 @@ def test_nothing_is_done_in_place(name):
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
+
 def test_converters_order_and_inverse():
     image = torch.tensor([1 + 2j, 3 + 4j]).reshape(1, 2, 1, 1)
     assert complex_to_channels(image).flatten().tolist() == [1, 3, 2, 4]
     assert torch.equal(channels_to_complex(complex_to_channels(image)), image)
-    with pytest.raises(TypeError, match="complex image"):
+    with pytest.raises(TypeError, match="must be complex, got torch.float32"):
         complex_to_channels(image.real)
-    with pytest.raises(ValueError, match="even number"):
+    with pytest.raises(ValueError, match="even in number, got 3"):
         channels_to_complex(torch.zeros(1, 3, 4, 4))
 
 
@@ -185,20 +206,29 @@ def test_unet_keeps_the_size(size):
 
 def test_edsr_is_head_body_tail():
     torch.manual_seed(0)
-    net, image = EDSR(features=3, num_blocks=1, residual_scale=.5), torch.randn(1, 2, 7, 6)
+    net, image = EDSR(features=3, num_blocks=1, residual_scale=0.5), torch.randn(1, 2, 7, 6)
     head, block, closing = net.head(image), net.body[0], net.body[1]
-    inner = head + .5 * block.conv2(block.conv1(head).clamp_min(0))
+    inner = head + 0.5 * block.conv2(block.conv1(head).clamp_min(0))
     torch.testing.assert_close(net(image), net.tail(head + closing(inner)))
+
+
+def test_receptive_field_of_edsr_is_29_pixels_each_way():
+    """29 convolutions of 3×3 along the longest path; the gradient of one output pixel shows how far it looks."""
+    torch.manual_seed(0)
+    probe = torch.zeros(1, 2, 81, 81, requires_grad=True)
+    EDSR(features=8)(probe)[0, 0, 40, 40].backward()
+    rows = probe.grad.abs().sum(dim=(0, 1, 3)).nonzero()
+    assert (rows.min(), rows.max()) == (40 - 29, 40 + 29)
 
 
 def test_one_cascade_by_hand():
     torch.manual_seed(0)
     y, A = problem(dtype=torch.complex128)
     cascade = small("varnet").double().cascades[0]
-    cascade.dc_weight.data.fill_(.3)
+    cascade.dc_weight.data.fill_(0.3)
     kspace = torch.randn_like(y)
     full = A.with_mask(torch.ones_like(A.mask))
-    expected = kspace - .3 * torch.where(A.mask, kspace - y, 0) - full(cascade.model(full.adjoint(kspace)))
+    expected = kspace - 0.3 * torch.where(A.mask, kspace - y, 0) - full(cascade.model(full.adjoint(kspace)))
     torch.testing.assert_close(cascade(kspace, y, A), expected)
 
 
@@ -233,34 +263,55 @@ def test_two_dimensional_mask():
 
 # --- checkpoints of fastMRI --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("sizes", [dict(num_cascades=3, channels=2, num_pools=1, sens_channels=3, sens_num_pools=2),
-                                   dict(num_cascades=12, channels=2, num_pools=2, sens_channels=2, sens_num_pools=1)])
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(num_cascades=3, channels=2, num_pools=1, sens_channels=3, sens_num_pools=2),
+        dict(num_cascades=12, channels=2, num_pools=2, sens_channels=2, sens_num_pools=1),
+    ],
+)
 @pytest.mark.parametrize("lightning", [False, True])
 def test_sizes_are_inferred(sizes, lightning):
     weights = E2EVarNet(**sizes).state_dict()
-    checkpoint = {"state_dict": {f"varnet.{name}": value for name, value in weights.items()} | {"loss.w": torch.ones(1)}} if lightning else weights
+    checkpoint = (
+        {"state_dict": {f"varnet.{name}": value for name, value in weights.items()} | {"loss.w": torch.ones(1)}}
+        if lightning
+        else weights
+    )
     loaded = E2EVarNet.from_fastmri(checkpoint)
-    assert loaded.config() == sizes and all(torch.equal(loaded.state_dict()[name], value) for name, value in weights.items())
+    assert loaded.config() == sizes and all(
+        torch.equal(loaded.state_dict()[name], value) for name, value in weights.items()
+    )
 
 
-@pytest.mark.parametrize("checkpoint, message", [
-    (lambda: {}, "0 names found"),
-    (lambda: DEQ(features=2, num_blocks=1).state_dict(), "is not among"),
-    (lambda: Unet(channels=2, num_pools=1).state_dict(), "is not among"),
-    (lambda: VarNet(1, 2, 1).state_dict(), "lacks"),
-    (lambda: E2EVarNet(1, 2, 1, 2, 1).state_dict() | {"cascades.0.dc_weight": torch.ones(2)}, "do not fit"),
-    (lambda: E2EVarNet(1, 2, 1, 2, 1).state_dict() | {"cascades.0.extra": torch.ones(2)}, "do not fit"),
-])
+@pytest.mark.parametrize(
+    "checkpoint, message",
+    [
+        (lambda: {}, "0 names found"),
+        (lambda: DEQ(features=2, num_blocks=1).state_dict(), "is not among"),
+        (lambda: Unet(channels=2, num_pools=1).state_dict(), "is not among"),
+        (lambda: VarNet(1, 2, 1).state_dict(), "lacks"),
+        (lambda: E2EVarNet(1, 2, 1, 2, 1).state_dict() | {"cascades.0.dc_weight": torch.ones(2)}, "do not fit"),
+        (lambda: E2EVarNet(1, 2, 1, 2, 1).state_dict() | {"cascades.0.extra": torch.ones(2)}, "do not fit"),
+    ],
+)
 def test_another_architecture_is_one_sentence(checkpoint, message):
     with pytest.raises(ValueError, match=message) as caught:
         E2EVarNet.from_fastmri(checkpoint())
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong, found", [("brain.pt", "'brain.pt'"), (Path("brain.pt"), "'brain.pt'"), (None, "a NoneType"), (nn.ReLU(), "a ReLU")])
+@pytest.mark.parametrize(
+    "wrong, found",
+    [("brain.pt", "'brain.pt'"), (Path("brain.pt"), "'brain.pt'"), (None, "a NoneType"), (nn.ReLU(), "a ReLU")],
+)
 @pytest.mark.parametrize("network", [VarNet, E2EVarNet])
 def test_what_is_no_dictionary_of_weights_is_named(network, wrong, found):
-    with pytest.raises(TypeError, match=f"^{network.__name__}.from_fastmri expects a dictionary of weights, found {found}; pass torch.load.path..$"):
+    with pytest.raises(
+        TypeError,
+        match=f"^{network.__name__}.from_fastmri expects a dictionary of weights, found {found}; pass torch.load.path..$",
+    ):
         network.from_fastmri(wrong)
     with pytest.raises(TypeError, match="under 'state_dict', expects a dictionary"):
         network.from_fastmri({"state_dict": wrong})

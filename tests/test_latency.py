@@ -1,23 +1,41 @@
 """Timing: turns, modes, threads, equal tolerance, the paper's inputs."""
+
 import time
 
 import pytest
 import torch
 from torch import nn
 
-from spade.latency import check_tolerances, measure, num_threads, one_iteration, paper_inputs, seconds_of, synchronize
+from spade.latency import (
+    check_tolerances,
+    measure_latency,
+    num_threads,
+    one_iteration,
+    paper_inputs,
+    photo_inputs,
+    seconds_of,
+    synchronize,
+)
 from spade.models import DEQ, VarNet
 from spade.pruning import prune
 
 
 class Recorder(nn.Module):
     """Writes down when it is called, and in what state."""
+
     def __init__(self, name: str, calls: list, seconds: float = 0.0):
         super().__init__()
         self.name, self.calls, self.seconds, self.inner = name, calls, seconds, nn.Dropout()
 
     def forward(self, y, A):
-        self.calls.append((self.name, self.training or self.inner.training, torch.is_inference_mode_enabled(), torch.get_num_threads()))
+        self.calls.append(
+            (
+                self.name,
+                self.training or self.inner.training,
+                torch.is_inference_mode_enabled(),
+                torch.get_num_threads(),
+            )
+        )
         time.sleep(self.seconds)
 
 
@@ -25,7 +43,7 @@ def test_models_take_turns_in_eval_mode_and_are_put_back():
     calls = []
     models = {name: Recorder(name, calls) for name in "ab"}
     models["b"].eval()
-    measure(models, torch.zeros(1), nn.Identity(), repeats=2, warmup=1, threads=1)
+    measure_latency(models, torch.zeros(1), nn.Identity(), repeats=2, warmup=1, threads=1)
     assert [c[0] for c in calls] == ["a", "b"] * 3
     assert all(c[1:] == (False, True, 1) for c in calls)
     assert models["a"].training and models["a"].inner.training and not models["b"].training
@@ -38,9 +56,21 @@ def test_warmup_is_not_counted_and_numbers_are_those_of_the_clock():
         def forward(self, y, A):
             time.sleep(0.3 if len(self.calls) < 1 else 0.01)
             self.calls.append(1)
-    frame = measure({"slow": Recorder("slow", [], 0.04), "warm": WarmsUp("warm", calls)}, torch.zeros(1), nn.Identity(), repeats=5, warmup=1)
-    assert list(frame.columns) == ["seconds", "lower_quartile", "upper_quartile", "speed_up", "iterations"] and frame.index.name == "model"
-    assert 0.04 <= frame.loc["slow", "seconds"] < 0.2 and 0.01 <= frame.loc["warm", "seconds"] < 0.2  # bounds for a busy machine
+
+    frame = measure_latency(
+        {"slow": Recorder("slow", [], 0.04), "warm": WarmsUp("warm", calls)},
+        torch.zeros(1),
+        nn.Identity(),
+        repeats=5,
+        warmup=1,
+    )
+    assert (
+        list(frame.columns) == ["seconds", "lower_quartile", "upper_quartile", "speed_up", "iterations"]
+        and frame.index.name == "model"
+    )
+    assert (
+        0.04 <= frame.loc["slow", "seconds"] < 0.2 and 0.01 <= frame.loc["warm", "seconds"] < 0.2
+    )  # bounds for a busy machine
     assert frame.loc["slow", "speed_up"] == 1 < frame.loc["warm", "speed_up"] < 4.5
     assert "median of 5" in frame.attrs["measured_on"]
 
@@ -49,28 +79,36 @@ def test_modes_are_put_back_after_an_error():
     class Fails(nn.Module):
         def forward(self, y, A):
             raise RuntimeError("out of memory")
+
     model, threads = Fails(), torch.get_num_threads()
     with pytest.raises(RuntimeError, match="out of memory"):
-        measure({"m": model}, torch.zeros(1), nn.Identity(), threads=2)
+        measure_latency({"m": model}, torch.zeros(1), nn.Identity(), threads=2)
     assert model.training and torch.get_num_threads() == threads
 
 
 def test_unequal_tolerance_is_refused():
     loose, strict = (DEQ(features=4, num_blocks=1, tolerance=t) for t in (4e-3, 1e-4))
-    with pytest.raises(ValueError, match="equal solver tolerance.*strict: tolerance 0.0001, .*loose: tolerance 0.004, max_iterations 100"):
-        measure({"strict": strict, "loose": loose}, *paper_inputs((16, 16), 2))
+    with pytest.raises(
+        ValueError,
+        match="must have equal tolerance, .*strict: tolerance 0.0001, .*loose: tolerance 0.004, max_iterations 100",
+    ):
+        measure_latency({"strict": strict, "loose": loose}, *paper_inputs((16, 16), 2))
 
 
 @pytest.mark.parametrize("other", [dict(solver="plain"), dict(memory=3)])
 def test_another_solver_is_refused(other):
     one, two = DEQ(features=4, num_blocks=1), DEQ(features=4, num_blocks=1, **other)
-    with pytest.raises(ValueError, match="timed with one solver.*one: .*solver anderson, memory 5; two: .*" + ("solver plain" if "solver" in other else "memory 3")):
-        measure({"one": one, "two": two}, *paper_inputs((16, 16), 2))
+    with pytest.raises(
+        ValueError,
+        match="equal .*solver.*one: .*solver anderson, memory 5; two: .*"
+        + ("solver plain" if "solver" in other else "memory 3"),
+    ):
+        measure_latency({"one": one, "two": two}, *paper_inputs((16, 16), 2))
     check_tolerances({"one": one, "pruned": prune(one, 0.40), "varnet": VarNet(1, 4, 1)})
 
 
 def test_a_gpu_is_waited_for_before_the_clock_starts_and_before_it_stops(monkeypatch):
-    "A GPU is asked and goes on by itself: a clock that does not wait measures how fast it is asked."
+    """A GPU queues the work: a clock that does not wait measures how fast it is queued."""
     events, clock = [], time.perf_counter
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(("wait", device)))
     monkeypatch.setattr(time, "perf_counter", lambda: events.append("clock") or clock())
@@ -87,14 +125,19 @@ def test_a_gpu_is_waited_for_before_the_clock_starts_and_before_it_stops(monkeyp
 def test_iterations_of_a_deq_are_reported():
     torch.manual_seed(0)
     deq = DEQ(features=4, num_blocks=1, max_iterations=3)
-    frame = measure({"deq": deq, "pruned": prune(deq, 0.40), "varnet": VarNet(1, 4, 1)}, *paper_inputs((16, 16), 2), repeats=1, warmup=0)
+    frame = measure_latency(
+        {"deq": deq, "pruned": prune(deq, 0.40), "varnet": VarNet(1, 4, 1)},
+        *paper_inputs((16, 16), 2),
+        repeats=1,
+        warmup=0,
+    )
     assert frame["iterations"].tolist()[:2] == [3, 3] and frame["iterations"].isna().tolist() == [False, False, True]
 
 
 def test_one_iteration():
     deq, (y, A) = DEQ(features=4, num_blocks=1), paper_inputs((16, 16), 2)
     assert torch.equal(one_iteration(deq)(y, A), deq.step(A.adjoint(y), y, A))
-    with pytest.raises(TypeError, match="VarNet has no step"):
+    with pytest.raises(TypeError, match=r"must be a fixed-point network with step\(x, y, A\), got VarNet"):
         one_iteration(VarNet(1, 4, 1))
 
 
@@ -115,5 +158,13 @@ def test_threads_are_put_back():
 
 @pytest.mark.parametrize("arguments", [dict(models={}), dict(repeats=0), dict(warmup=-1)])
 def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="expected at least one model"):
-        measure(**(dict(models={"a": nn.Identity()}, y=torch.zeros(1), A=nn.Identity()) | arguments))
+    with pytest.raises(ValueError, match="models, repeats and warmup must be at least 1, 1 and 0, got"):
+        measure_latency(**(dict(models={"a": nn.Identity()}, y=torch.zeros(1), A=nn.Identity()) | arguments))
+
+
+def test_photo_inputs():
+    y, A = photo_inputs(batch_size=2)
+    assert y.shape == (2, 3, 107, 160) and A.adjoint(y).shape == (2, 3, 321, 480)
+    assert torch.equal(y, photo_inputs(batch_size=2)[0]) and not torch.equal(y, photo_inputs(batch_size=2, seed=1)[0])
+    with pytest.raises(ValueError, match="image must have sides that are multiples of the scale 3, got 320×480"):
+        photo_inputs((320, 480))

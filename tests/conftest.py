@@ -1,4 +1,5 @@
 """What several test files share: where optional real data lies, and one thread for repeatable numbers."""
+
 from pathlib import Path
 
 import pytest

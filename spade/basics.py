@@ -177,11 +177,11 @@ def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:
 
 
 def refused(*calls: Callable[[], object]) -> None:
-    """Print the error of each call; raise `AssertionError` for a call without `TypeError` or `ValueError`."""
+    """Print the error of each call; raise `AssertionError` for a call without an error."""
     for call in calls:
         try:
             returned = call()
-        except (TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             print(f"{type(error).__name__}: {error}")
             continue
         raise AssertionError(f"no error was raised, but {returned!r} returned")

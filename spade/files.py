@@ -78,7 +78,7 @@ def read_json(path: str | Path) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it and create it again.") from None
 
-# %% ../nbs/data/20_files.ipynb #c019
+# %% ../nbs/data/20_files.ipynb #c017
 def project_root(start: str | Path = ".") -> Path:
     """The nearest folder from `start` upwards with `config/*.yaml`; `FileNotFoundError` without one."""
     package = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()

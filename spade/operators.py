@@ -267,14 +267,14 @@ def operator_norm(
         x = A.normal(x / x.norm())
     return x.norm().sqrt().item()
 
-# %% ../nbs/02_operators.ipynb #c075
+# %% ../nbs/02_operators.ipynb #c073
 def crop_readout(kspace: Tensor, rows: int) -> Tensor:
     """k-space `(..., rows, W)` of the central `rows` of the image: readout oversampling removed."""
     image = torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(kspace, dim=-2), dim=-2, norm="ortho"), dim=-2)
     image = image.narrow(-2, kspace.shape[-2] // 2 - rows // 2, rows)
     return torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(image, dim=-2), dim=-2, norm="ortho"), dim=-2)
 
-# %% ../nbs/02_operators.ipynb #c078
+# %% ../nbs/02_operators.ipynb #c076
 def root_sum_of_squares(kspace: Tensor) -> Tensor:
     """The coil images of k-space `(..., coils, H, W)` combined without maps: `(..., H, W)`."""
     return ifft2c(kspace).abs().square().sum(dim=-3).sqrt()

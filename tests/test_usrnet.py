@@ -159,7 +159,7 @@ def test_sizes_of_the_full_network_are_inferred(full):
 def test_what_is_no_dictionary_of_weights_is_named(wrong, found):
     with pytest.raises(
         TypeError,
-        match=f"^USRNet.from_published expects a dictionary of weights, found {found}; pass torch.load.path..$",
+        match=f"^USRNet.from_published: weights must be a dictionary of tensors, got {found}; pass torch.load.path..$",
     ):
         USRNet.from_published(wrong)
 

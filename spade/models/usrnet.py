@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .deq import Trace, relative_step
-from .varnet import check_weights, filled
+from .varnet import check_weights, load_checked
 
 # %% ../../nbs/models/10_usrnet.ipynb #c017
 from ..operators import BlurDownsample
@@ -281,5 +281,5 @@ def load_published(
             f"{expected}, but {missing} is not among the {len(weights)} names found, the first being {first!r}."
         ) from None
     model = cls(**sizes)
-    filled(model, weights, f"{expected} in the sizes {sizes} that its names suggest")
+    load_checked(model, weights, f"{expected} in the sizes {sizes} that its names suggest")
     return model

@@ -48,5 +48,6 @@ def test_several_numbers_and_unknown_columns_are_refused():
 
 
 def test_a_caller_cannot_change_the_numbers():
-    paper_numbers().loc[:, "value"] = 0
+    numbers = paper_numbers()
+    numbers["value"] = 0.0
     assert paper_value(table=1, network="deq", ratio=0.0, metric="ssim") == 98.7

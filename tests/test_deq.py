@@ -31,7 +31,7 @@ def loss_of(x):
     return (x.real - 0.3).square().sum() + x.imag.pow(3).sum()
 
 
-# --- the search --------------------------------------------------------------------------------------------------------
+# --- the search ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("memory", [1, 2, 5])
@@ -122,7 +122,7 @@ def test_limit_of_iterations_is_kept_and_said():
         fixed_point(torch.cos, torch.ones(1, 1), max_iterations=0)
 
 
-# --- divergence ----------------------------------------------------------------------------------------------------------
+# --- divergence ---------------------------------------------------------------------------------------------
 
 
 def test_growth_and_nan_are_refused():
@@ -185,7 +185,7 @@ def test_limit_of_growth_is_the_callers():
         fixed_point(lambda x: x / 0, torch.ones(1, 1), largest_growth=math.inf)
 
 
-# --- the gradient ----------------------------------------------------------------------------------------------------------
+# --- the gradient -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", ["plain", "anderson"])
@@ -272,7 +272,7 @@ def test_two_backward_passes_accumulate():
     torch.testing.assert_close(twice, 2 * model.alpha.grad)
 
 
-# --- the network -----------------------------------------------------------------------------------------------------------
+# --- the network --------------------------------------------------------------------------------------------
 
 
 def test_same_answer_with_and_without_gradients():

@@ -261,7 +261,7 @@ def test_two_dimensional_mask():
             torch.testing.assert_close(model(y, A.with_mask(mask)), model(y, A))
 
 
-# --- checkpoints of fastMRI --------------------------------------------------------------------------------------------
+# --- checkpoints of fastMRI -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,8 @@ def test_sizes_are_inferred(sizes, lightning):
     "checkpoint, message",
     [
         (lambda: {}, "got no .* among 0 names, the first 'none'"),
-        (lambda: DEQ(features=2, num_blocks=1).state_dict(), "got no 'cascades.0.model.unet.down_sample_layers.0.layers.0.weight' among"),
-        (lambda: Unet(channels=2, num_pools=1).state_dict(), "got no 'cascades.0.model.unet.down_sample_layers.0.layers.0.weight' among"),
+        (lambda: DEQ(features=2, num_blocks=1).state_dict(), "got no 'cascades.0.model.unet.down_sample_layers.0"),
+        (lambda: Unet(channels=2, num_pools=1).state_dict(), "got no 'cascades.0.model.unet.down_sample_layers.0"),
         (lambda: VarNet(1, 2, 1).state_dict(), "got no 'sens_net"),
         (lambda: E2EVarNet(1, 2, 1, 2, 1).state_dict() | {"cascades.0.dc_weight": torch.ones(2)}, "do not fit"),
         (lambda: E2EVarNet(1, 2, 1, 2, 1).state_dict() | {"cascades.0.extra": torch.ones(2)}, "do not fit"),
@@ -308,10 +308,8 @@ def test_another_architecture_is_one_sentence(checkpoint, message):
 )
 @pytest.mark.parametrize("network", [VarNet, E2EVarNet])
 def test_what_is_no_dictionary_of_weights_is_named(network, wrong, found):
-    with pytest.raises(
-        TypeError,
-        match=f"^{network.__name__}.from_fastmri: weights must be a dictionary of tensors, got {found}; pass torch.load.path..$",
-    ):
+    message = f"{network.__name__}.from_fastmri: weights must be a dictionary of tensors, got {found}; pass torch.load"
+    with pytest.raises(TypeError, match=f"^{message}.path..$"):
         network.from_fastmri(wrong)
     with pytest.raises(TypeError, match="'state_dict': weights must be a dictionary"):
         network.from_fastmri({"state_dict": wrong})

@@ -1,4 +1,5 @@
 """Blur kernels: what each must be, and files that are not what they seem."""
+
 import math
 
 import numpy as np
@@ -7,7 +8,17 @@ import torch
 from scipy.io import savemat
 
 import spade.data.kernels
-from spade.data.kernels import camera_path, centre_of_mass, centred_grid, draw_path, gaussian_kernel, kernel_widths, motion_kernel, random_kernel, read_kernels
+from spade.data.kernels import (
+    camera_path,
+    centre_of_mass,
+    centred_grid,
+    draw_path,
+    gaussian_kernel,
+    kernel_widths,
+    motion_kernel,
+    random_kernel,
+    read_kernels,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -33,6 +44,7 @@ def test_a_gaussian_is_its_formula(size, widths, angle):
 @pytest.mark.parametrize("seed", range(30))
 def test_a_motion_kernel_is_a_connected_path_about_the_centre(seed):
     from skimage.measure import label
+
     kernel = motion_kernel(25, seed)
     assert kernel.shape == (25, 25) and kernel.min() >= 0 and abs(kernel.double().sum() - 1) < 1e-6
     assert max(map(abs, centre_of_mass(kernel))) < 1e-5
@@ -57,16 +69,23 @@ def test_a_path_conserves_light_and_place():
 
 def test_the_seed_decides():
     state = torch.get_rng_state()
-    assert torch.equal(motion_kernel(25, 3), motion_kernel(25, generator(3))) and not torch.equal(motion_kernel(25, 3), motion_kernel(25, 4))
+    assert torch.equal(motion_kernel(25, 3), motion_kernel(25, generator(3))) and not torch.equal(
+        motion_kernel(25, 3), motion_kernel(25, 4)
+    )
     assert torch.equal(random_kernel(generator(5)), random_kernel(generator(5)))
-    assert torch.equal(torch.get_rng_state(), state) # the global generator is left alone
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
 
 
 def test_random_kernels_are_of_both_kinds():
     g = generator()
     kernels = [random_kernel(g) for _ in range(200)]
-    symmetric = sum(torch.allclose(kernel, kernel.rot90(2), atol=1e-6) for kernel in kernels) # Gaussians are, paths are not
-    isotropic = sum(torch.allclose(kernel, kernel.T, atol=1e-6) and torch.allclose(kernel, kernel.flip(0), atol=1e-6) for kernel in kernels)
+    symmetric = sum(
+        torch.allclose(kernel, kernel.rot90(2), atol=1e-6) for kernel in kernels
+    )  # Gaussians are, paths are not
+    isotropic = sum(
+        torch.allclose(kernel, kernel.T, atol=1e-6) and torch.allclose(kernel, kernel.flip(0), atol=1e-6)
+        for kernel in kernels
+    )
     assert 75 < symmetric < 125 and 30 < isotropic < 75
     assert all(abs(kernel.sum() - 1) < 1e-5 and kernel.min() >= 0 for kernel in kernels)
 
@@ -81,13 +100,16 @@ def test_twelve_to_test_with():
     assert not any(torch.allclose(kernel, kernel.rot90(2), atol=1e-4) for kernel in kernels[8:])
 
 
-@pytest.mark.parametrize("make, message", (
-    (lambda: gaussian_kernel(0), "size must be a whole number of at least 1, found 0"),
-    (lambda: gaussian_kernel(2.5), "size must be a whole number of at least 1, found 2.5"),
-    (lambda: gaussian_kernel(25, (0, 1)), "widths must be two positive numbers of pixels, found 0 and 1"),
-    (lambda: gaussian_kernel(25, math.nan), "widths must be two positive numbers"),
-    (lambda: motion_kernel(2), "size must be a whole number of at least 3 pixels, found 2"),
-))
+@pytest.mark.parametrize(
+    "make, message",
+    (
+        (lambda: gaussian_kernel(0), "size must be a whole number of at least 1, got 0"),
+        (lambda: gaussian_kernel(2.5), "size must be a whole number of at least 1, got 2.5"),
+        (lambda: gaussian_kernel(25, (0, 1)), "widths must be two positive numbers of pixels, got 0 and 1"),
+        (lambda: gaussian_kernel(25, math.nan), "widths must be two positive numbers"),
+        (lambda: motion_kernel(2), "size must be a whole number of at least 3 pixels, got 2"),
+    ),
+)
 def test_kernels_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -108,20 +130,35 @@ def test_kernels_come_back_from_a_file(tmp_path):
         assert found.dtype == torch.float32 and torch.allclose(found, kernels, atol=1e-7)
 
 
-@pytest.mark.parametrize("content, message", (
-    ({"k": np.eye(3)}, r"has no variable 'kernels' \(found: k\)"),
-    (cells(np.eye(3)), "kernel 0 of .* sums to 3; expected one"),
-    (cells(np.full((3, 3), np.nan)), "kernel 0 of .* sums to nan; expected one"),
-    (cells(np.eye(3) / 3, np.eye(4) / 4), "holds 3×3, 4×4; expected kernels of one size"),
-    (cells(np.eye(3) / 3, np.eye(3) / 3 + 0j + np.eye(3) * 1j), "kernel 1 of .* is not a matrix of real numbers"),
-))
+@pytest.mark.parametrize(
+    "content, message",
+    (
+        ({"k": np.eye(3)}, r"must hold a variable 'kernels', got k."),
+        (cells(np.eye(3)), "kernel 0 of .* must sum to one, got 3."),
+        (cells(np.full((3, 3), np.nan)), "kernel 0 of .* must sum to one, got nan."),
+        (cells(np.eye(3) / 3, np.eye(4) / 4), "must hold kernels of one size, got 3×3, 4×4."),
+        (
+            cells(np.eye(3) / 3, np.eye(3) / 3 + 0j + np.eye(3) * 1j),
+            "kernel 1 of .* must be a matrix of real numbers, got complex128 .3, 3.",
+        ),
+    ),
+)
 def test_files_that_hold_something_else(tmp_path, content, message):
     savemat(tmp_path / "x.mat", content)
     with pytest.raises(ValueError, match=message):
         read_kernels(tmp_path / "x.mat")
 
 
-@pytest.mark.parametrize("damage", (b"", b"\x00" * 200, b"MATLAB 5.0 MAT-file" + b"\x00" * 300, b"not MATLAB" * 40, b"\x89HDF\r\n\x1a\n" + b"\x00" * 600))
+@pytest.mark.parametrize(
+    "damage",
+    (
+        b"",
+        b"\x00" * 200,
+        b"MATLAB 5.0 MAT-file" + b"\x00" * 300,
+        b"not MATLAB" * 40,
+        b"\x89HDF\r\n\x1a\n" + b"\x00" * 600,
+    ),
+)
 def test_damaged_files_are_named(tmp_path, damage):
     (tmp_path / "x.mat").write_bytes(damage)
     with pytest.raises(ValueError, match="x.mat"):
@@ -143,13 +180,18 @@ def test_an_absent_file_is_named(tmp_path):
 
 
 def test_the_published_twelve(shared):
-    "Four isotropic and four anisotropic Gaussians and four paths, as the notebook says; ours have the widths of their Gaussians."
+    """Four isotropic and four anisotropic Gaussians and four paths; ours have the widths of their Gaussians."""
     kernels, ours = read_kernels(shared / "kernels" / "kernels_12.mat"), spade.data.kernels.test_kernels()
     assert kernels.shape == (12, 25, 25) and torch.allclose(kernels.sum(dim=(1, 2)), torch.ones(12))
     for kernel, own in zip(kernels[:8], ours):
-        assert kernel_widths(own) == pytest.approx(kernel_widths(kernel), abs=0.15) and max(map(abs, centre_of_mass(kernel))) < 1e-3
+        assert (
+            kernel_widths(own) == pytest.approx(kernel_widths(kernel), abs=0.15)
+            and max(map(abs, centre_of_mass(kernel))) < 1e-3
+        )
     assert torch.allclose(kernels[:4], ours[:4], atol=5e-3)
-    moments = [(kernel * centred_grid(25)[0] * centred_grid(25)[1]).sum().item() for kernel in (*kernels[4:8], *ours[4:8])]
-    assert [round(m) > 0 for m in moments[:4]] == [round(m) > 0 for m in moments[4:]] # the same slant
-    assert all(1 < math.hypot(*centre_of_mass(kernel)) < 2.6 for kernel in kernels[8:]) # theirs are not quite centred
+    moments = [
+        (kernel * centred_grid(25)[0] * centred_grid(25)[1]).sum().item() for kernel in (*kernels[4:8], *ours[4:8])
+    ]
+    assert [round(m) > 0 for m in moments[:4]] == [round(m) > 0 for m in moments[4:]]  # the same slant
+    assert all(1 < math.hypot(*centre_of_mass(kernel)) < 2.6 for kernel in kernels[8:])  # theirs are not quite centred
     assert read_kernels(shared / "kernels" / "kernels_bicubicx234.mat").shape == (3, 25, 25)

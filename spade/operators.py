@@ -15,7 +15,7 @@ from .basics import as_real, inner
 
 # %% ../nbs/02_operators.ipynb #c005
 def fft2c(image: Tensor) -> Tensor:
-    """Centred, orthonormal Fourier transform over the last two axes, complex `(..., H, W)`: image to k-space."""
+    """Centred, orthonormal Fourier transform of the last two axes `(..., H, W)`: image to k-space."""
     shifted = torch.fft.ifftshift(image, dim=(-2, -1))
     return torch.fft.fftshift(torch.fft.fft2(shifted, norm="ortho"), dim=(-2, -1))
 
@@ -166,7 +166,7 @@ def check_maps(
 
 # %% ../nbs/02_operators.ipynb #c046
 class MultiCoilMRI(LinearOperator):
-    """Measurement of multi-coil MRI, $A = PFS$ (paper, eq. 1): coil maps, Fourier transform, sampling mask.
+    """Measurement of multi-coil MRI, $A = PFS$ (eq. 1): coil maps, Fourier transform, sampling mask.
 
     ‖A‖ ≤ 1 where Σ|S|² ≤ 1. Results have the higher precision of maps and input. One mask or set of maps serves any
     batch; several serve a batch of their number. Every call raises `ValueError` for shapes that do not fit.

@@ -59,7 +59,7 @@ def signal_space(
     matrix: Tensor,  # complex `(B, n, patches)`
     threshold: float,  # singular values below this fraction of the largest count as noise
 ) -> Tensor:  # complex `(B, n, n)`
-    """The orthogonal projection $UU^H$ on the signal space of the calibration matrix; zero for a zero matrix."""
+    """The orthogonal projection $UU^H$ on the signal space of the matrix; 0 for a zero matrix."""
     tall = matrix.shape[1] > matrix.shape[2]
     values, vectors = torch.linalg.eigh(matrix.mH @ matrix if tall else matrix @ matrix.mH)
     kept = values > threshold**2 * values[:, -1:].clamp(min=0)
@@ -75,7 +75,7 @@ def correlation_kernels(
     coils: int,
     kernel_width: int,  # k
 ) -> Tensor:  # complex `(B, coils, coils, 2k - 1, 2k - 1)`, Δ = 0 in the middle
-    """The projection summed along its diagonals, divided by k²: the convolution that averages over all patches."""
+    """The projection summed along its diagonals, divided by k²: the average over all patches."""
     k = kernel_width
     blocks = projection.reshape(-1, coils, k, k, coils, k, k).permute(0, 1, 4, 2, 3, 5, 6)
     kernels = blocks.new_zeros(len(blocks), coils, coils, 2 * k - 1, 2 * k - 1)
@@ -91,7 +91,7 @@ def fourier_matrix(
     kernel_width: int,  # k
     like: Tensor,  # gives dtype and device
 ) -> Tensor:  # complex `(N, 2k - 1)`
-    """$e^{-2πi rΔ/N}$ for pixels r = -(N // 2) …, counted from the centre, and shifts Δ = -(k - 1) … k - 1."""
+    """$e^{-2πi rΔ/N}$ for pixels $r$, counted from the centre `N // 2`, and shifts -k < Δ < k."""
     position = torch.arange(size, dtype=torch.float64) - size // 2
     shift = torch.arange(1 - kernel_width, kernel_width, dtype=torch.float64)
     angle = -2 * math.pi * position[:, None] * shift / size

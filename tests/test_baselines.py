@@ -1,16 +1,17 @@
 """Zero-filled and CG-SENSE: exact where exactness is known, tuned on what it is given."""
+
 import pytest
 import torch
 
-from spade.metrics import bicubic, cg_sense, sweep_cg_sense, tune_cg_sense, zero_filled
 from spade.basics import Batch
+from spade.metrics import bicubic, cg_sense, sweep_cg_sense, tune_cg_sense, zero_filled
 from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
 
 
 def problem(batch: int = 1, coils: int = 4, size=(6, 8), noise: float = 0.0) -> Batch:
     generator = torch.Generator().manual_seed(0)
     draw = lambda channels: torch.randn(batch, channels, *size, generator=generator, dtype=torch.complex128)
-    mask = torch.tensor([True, False, True, True, False, True, False, True])[:size[1]]
+    mask = torch.tensor([True, False, True, True, False, True, False, True])[: size[1]]
     A, x = MultiCoilMRI(mask, normalize_maps(draw(coils))), draw(1)
     y = A(x) + noise * mask * draw(coils)
     return Batch(y, A, x, {name: [0] * batch for name in ("file", "subject", "slice", "scale")})
@@ -33,7 +34,9 @@ def test_a_batch_is_its_images_one_by_one():
     y, A, *_ = problem(3)
     together = cg_sense(y, A, 0.01, 5)
     for i in range(3):
-        assert torch.allclose(together[i:i + 1], cg_sense(y[i:i + 1], MultiCoilMRI(A.mask, A.maps[i:i + 1]), 0.01, 5))
+        assert torch.allclose(
+            together[i : i + 1], cg_sense(y[i : i + 1], MultiCoilMRI(A.mask, A.maps[i : i + 1]), 0.01, 5)
+        )
 
 
 def test_zero_filled_is_the_adjoint_and_the_direction_of_the_first_step():
@@ -53,7 +56,15 @@ def test_tuning_picks_the_best_of_the_sweep_and_prefers_damping_under_noise():
     assert clean.regularization == 1e-4 and clean.iterations > best.iterations and clean.psnr > best.psnr
 
 
-@pytest.mark.parametrize("settings, sentence", [((-1.0, 3), "regularization"), ((float("inf"), 3), "regularization"), ((0.1, 0), "iterations"), ((0.1, 2.5), "iterations")])
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ((-1.0, 3), "regularization"),
+        ((float("inf"), 3), "regularization"),
+        ((0.1, 0), "iterations"),
+        ((0.1, 2.5), "iterations"),
+    ],
+)
 def test_settings_that_are_refused(settings, sentence):
     y, A, *_ = problem()
     with pytest.raises(ValueError, match=sentence):
@@ -61,11 +72,12 @@ def test_settings_that_are_refused(settings, sentence):
 
 
 def test_no_validation_data():
-    with pytest.raises(ValueError, match="without validation data"):
+    with pytest.raises(ValueError, match="must hold validation data"):
         tune_cg_sense([])
 
 
 # Super-resolution
+
 
 def cubic(t: float) -> float:
     "Keys' interpolation kernel with a = -3/4, PyTorch's."
@@ -90,5 +102,5 @@ def test_bicubic_is_keys_interpolation_at_the_places_of_the_samples(scale):
 
 def test_bicubic_needs_a_scale():
     y, A, *_ = problem()
-    with pytest.raises(TypeError, match="needs an operator with a scale, such as BlurDownsample; found MultiCoilMRI"):
+    with pytest.raises(TypeError, match="A must have a scale, such as BlurDownsample, got MultiCoilMRI"):
         bicubic(y, A)

@@ -2,6 +2,7 @@
 
 `pip install --no-deps fastmri==0.3.0` is enough; without it these tests are skipped.
 """
+
 import warnings
 
 import pytest
@@ -24,11 +25,13 @@ SIZES = [(32, 32), (15, 17), (19, 40), (33, 24)]
 def acs_mask(width: int, num_low: int = 6, every: int = 4) -> torch.Tensor:
     mask = torch.zeros(width, dtype=torch.bool)
     mask[::every] = True
-    mask[width // 2 - num_low // 2: width // 2 + (num_low + 1) // 2] = True
+    mask[width // 2 - num_low // 2 : width // 2 + (num_low + 1) // 2] = True
     return mask
 
 
-def measurement(batch: int, coils: int, height: int, width: int, scale: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def measurement(
+    batch: int, coils: int, height: int, width: int, scale: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mask = torch.stack([acs_mask(width, 5 + image) for image in range(batch)])[:, None, None]
     kspace = scale * torch.randn(batch, coils, height, width, dtype=torch.complex64, generator=generator)
@@ -50,17 +53,17 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def any_maps(y: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(y) / y.shape[1] ** .5
+    return torch.ones_like(y) / y.shape[1] ** 0.5
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("coils", [1, 5])
-@pytest.mark.parametrize("scale", [1., 1e-6])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
 def test_same_kspace_and_maps(size, coils, scale):
     torch.manual_seed(0)
     peer = reference.VarNet(num_cascades=2, sens_chans=3, sens_pools=2, chans=4, pools=3).eval()
     for cascade in peer.cascades:
-        cascade.dc_weight.data.fill_(.7)
+        cascade.dc_weight.data.fill_(0.7)
     y, mask = measurement(2, coils, *size, scale, seed=1)
     ours = E2EVarNet.from_fastmri(peer.state_dict()).eval()
     assert ours.config() == dict(num_cascades=2, channels=4, num_pools=3, sens_channels=3, sens_num_pools=2)
@@ -75,7 +78,7 @@ def test_same_kspace_and_maps(size, coils, scale):
 def test_published_depths(num_cascades):
     torch.manual_seed(1)
     peer = reference.VarNet(num_cascades=num_cascades, sens_chans=2, sens_pools=4, chans=2, pools=4).eval()
-    y, mask = measurement(1, 4, 47, 35, 1., seed=2)
+    y, mask = measurement(1, 4, 47, 35, 1.0, seed=2)
     ours = E2EVarNet.from_fastmri(peer.state_dict())
     with torch.no_grad():
         expected, _ = reference_kspace(peer, y, mask)
@@ -86,8 +89,9 @@ def test_published_depths(num_cascades):
 def test_root_sum_of_squares_is_fastmri_output():
     torch.manual_seed(2)
     peer = reference.VarNet(num_cascades=2, sens_chans=2, sens_pools=2, chans=2, pools=2).eval()
-    y, mask = measurement(1, 3, 21, 18, 1., seed=3)
+    y, mask = measurement(1, 3, 21, 18, 1.0, seed=3)
     from spade.operators import ifft2c
+
     with torch.no_grad():
         kspace = E2EVarNet.from_fastmri(peer.state_dict()).predict_kspace(y, MultiCoilMRI(mask, any_maps(y)))
         rss = ifft2c(kspace).abs().square().sum(dim=1).sqrt()
@@ -98,7 +102,7 @@ def test_given_maps_are_used_like_fastmri_uses_its_own():
     "`VarNet` with the maps that fastMRI estimates gives fastMRI's k-space."
     torch.manual_seed(3)
     peer = reference.VarNet(num_cascades=2, sens_chans=2, sens_pools=2, chans=4, pools=2).eval()
-    y, mask = measurement(2, 3, 20, 26, 1., seed=4)
+    y, mask = measurement(2, 3, 20, 26, 1.0, seed=4)
     with torch.no_grad():
         expected, maps = reference_kspace(peer, y, mask)
         found = VarNet.from_fastmri(peer.state_dict()).predict_kspace(y, MultiCoilMRI(mask, maps))
@@ -108,7 +112,7 @@ def test_given_maps_are_used_like_fastmri_uses_its_own():
 def test_gradients_agree():
     torch.manual_seed(4)
     peer = reference.VarNet(num_cascades=2, sens_chans=2, sens_pools=2, chans=2, pools=2).double()
-    y, mask = measurement(1, 2, 18, 22, 1., seed=5)
+    y, mask = measurement(1, 2, 18, 22, 1.0, seed=5)
     y = y.to(torch.complex128)
     ours = E2EVarNet.from_fastmri(peer.state_dict()).double()
     reference_kspace(peer, y, mask)[0].abs().square().sum().backward()

@@ -38,7 +38,7 @@ def canonical(name: str) -> str:
 
 def test_every_requirement_is_pinned_within_its_range(settings, pins):
     for text in (
-        settings["requirements"] + " " + settings["batch_requirements"] + " " + settings["dev_requirements"]
+        settings["requirements"] + " " + settings["slurm_requirements"] + " " + settings["dev_requirements"]
     ).split():
         requirement = Requirement(text)
         assert canonical(requirement.name) in pins, f"{requirement.name} is missing in constraints.txt"
@@ -50,8 +50,8 @@ def test_nbdev_stays_below_three_and_keeps_papermills_tag(settings):
     assert settings["allowed_cell_metadata_keys"].split() == ["tags"]
 
 
-def test_developers_have_what_the_batch_needs(settings):
-    assert set(settings["batch_requirements"].split()) <= set(settings["dev_requirements"].split())
+def test_developers_have_what_slurm_needs(settings):
+    assert set(settings["slurm_requirements"].split()) <= set(settings["dev_requirements"].split())
 
 
 def test_conda_gives_the_same_pins(settings, pins):
@@ -92,9 +92,9 @@ def test_public_names():
 
 
 def test_each_module_is_there_after_import_spade():
-    """Imported when it is first used, and not before: a process that only waits for others does not need torch."""
+    """Imported when it is first used, and not before: `import spade` alone does not load torch."""
     names = sorted({path.stem for path in (ROOT / "spade").glob("*.py") if not path.stem.startswith("_")} | {"models"})
-    code = f"import sys, spade, spade.jobs; assert 'torch' not in sys.modules; [getattr(spade, name) for name in {names}]; assert set({names}) <= set(dir(spade)); print(spade.prune.__module__)"
+    code = f"import sys, spade; assert 'torch' not in sys.modules; [getattr(spade, name) for name in {names}]; assert set({names}) <= set(dir(spade)); print(spade.prune.__module__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "spade.pruning\n", done.stderr
 

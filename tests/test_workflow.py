@@ -1,0 +1,359 @@
+"""The batch of the whole paper: which jobs a target needs, what a change runs again, failures, kills, one job a GPU."""
+
+import contextlib
+import gc
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+import torch
+import yaml
+
+from spade.config import config_names, load_config
+from spade.finetuning import read_state
+from spade.runs import Run, run_key
+from spade.tables import collect, read_runs
+from spade.workflow import demo_reports, estimate, paper_reports, paper_runs, write_resources
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+EXPERIMENTS = Path("nbs") / "experiments"
+
+
+def arguments(out: Path | str, config: str = "smoke", **options: str) -> list[str]:
+    """Of Snakemake, for a configuration and results in `out`."""
+    settings = {"results": out, "acquisitions": f"{out}/acquisitions", **options}
+    named = [f"{name}={value}" for name, value in settings.items()]
+    return ["--configfile", f"config/{config}.yaml", "--config", *named, "--cores", "1", "--nocolor"]
+
+
+def snakemake(*what: str) -> str:
+    """What `snakemake` prints, in the present folder. In this process, because importing torch takes most of the time."""
+    from snakemake import cli
+
+    logger, handler = logging.getLogger("snakemake.logging"), logging.StreamHandler(io.StringIO())
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.addHandler(handler)
+        try:
+            code = cli.main(list(what))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            logger.removeHandler(handler)
+        gc.collect()  # a refused workflow leaves a temporary folder to the collector, which warns of it
+    return f"{handler.stream.getvalue()}\nended with {int(code or 0)}"
+
+
+def plan(*what: str) -> dict[str, int]:
+    """Jobs by rule of a dry run."""
+    printed = snakemake(*what, "-n", "--quiet", "rules")
+    assert printed.endswith("ended with 0"), printed[-3000:]
+    return {rule: int(count) for rule, count in re.findall(r"^(\w[\w-]*) +(\d+)$", printed, re.M)}
+
+
+def call(*what: str) -> subprocess.CompletedProcess:
+    """`snakemake` in a process of its own."""
+    command = [sys.executable, "-m", "snakemake", *what]
+    return subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def small_notebook(name: str, cell: str) -> None:
+    """Replace an experiment by a notebook with the same parameters and one cell, without imports that take long."""
+    cells = nbformat.read(EXPERIMENTS / f"{name}.ipynb", as_version=4).cells
+    parameters = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(cell)], metadata=kernel)
+    nbformat.write(notebook, EXPERIMENTS / f"{name}.ipynb")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A copy of what the batch reads, so that a test can change it; the present folder."""
+    for name in ("config", "nbs", "workflow"):
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Which jobs
+
+
+def test_the_gpu_configuration_is_the_paper_with_three_seeds():
+    config = load_config("gpu")
+    reports, runs = paper_reports(config), paper_runs(config).values()
+    assert {f"table_{n}" for n in range(1, 7)} | {f"figure_{n}" for n in range(1, 9)} <= set(reports)
+    assert all((ROOT / EXPERIMENTS / f"{report.notebook}.ipynb").is_file() for report in reports.values())
+    assert config.seeds == (0, 1, 2) and config.ratios == (0.05, 0.10, 0.20, 0.40)
+    for network in ("deq", "varnet", "e2e-varnet"):
+        of_network = [run for run in runs if run.network == network]
+        assert {run.acceleration for run in of_network} == {6, 8, 10}
+        assert sum(not run.strategy for run in of_network) == 9
+        assert sum(bool(run.strategy) and run.start == "pruned" for run in of_network) == 3 * 3 * 4 * 3
+        assert sum(run.start == "random" for run in of_network) == (0 if network == "deq" else 3 * 8)
+
+
+def test_the_reports_of_super_resolution_follow_the_scales():
+    names = lambda scales: list(demo_reports(load_config("smoke", {"photos.scales": scales}), "usrnet"))
+    assert names([2, 3]) == ["table_4", "figure_5", "figure_steps"]
+    assert names([4]) == ["table_6", "figure_5", "figure_steps"]
+
+
+@pytest.mark.parametrize("config", config_names())
+def test_every_configuration_is_planned_whole(project, config):
+    runs, reports = paper_runs(load_config(config)).values(), paper_reports(load_config(config))
+    found = plan("all", *arguments("out", config))
+    assert found["finetune"] == sum(bool(run.strategy) for run in runs)
+    assert found["pretrain"] == sum(not run.strategy for run in runs)
+    assert all(found[name] == 1 for name in (*reports, "index", "all"))
+
+
+def test_a_target_needs_its_own_runs_and_no_others(project):
+    found = plan("table_3", *arguments("out"))
+    assert found == {"acquisitions": 1, "maps": 1, "pretrain": 2, "finetune": 6, "table_3": 1, "total": 11}
+    found = plan("demo_varnet", *arguments("out", acceleration="8"))
+    one = ("acquisitions", "maps", "pretrain", "latency", "demo_varnet", *(f"demo_varnet_{name}" for name in ("table_2", "figure_4", "figure_7")))
+    assert found == {**dict.fromkeys(one, 1), "finetune": 3, "total": 11}
+
+
+def test_without_options_a_target_is_of_the_demo(project):
+    small_notebook("figure_1", "from pathlib import Path\nPath(f'{target}.png').touch()")
+    done = call("figure_1")
+    assert done.returncode == 0 and (project / "outputs" / "demo" / "figure_1.png").is_file(), done.stdout[-3000:]
+    assert "workflow specific profile" in done.stdout and "profiles/default" in done.stdout
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"partail": "true"}, "unknown option of --config 'partail': choose one of results, acquisitions, acceleration"),
+    ({"ratios": "[0.2]"}, "--config must not change the setting 'ratios' of smoke.yaml"),
+    ({"acceleration": "4"}, "unknown acceleration 4: choose one of 6, 8, 10"),
+])  # fmt: skip
+def test_an_option_that_would_be_ignored_is_refused(project, options, message):
+    printed = snakemake("all", "-n", *arguments("out", **options))
+    assert message in printed and printed.endswith("ended with 1"), printed[-2000:]
+
+
+def test_a_wrong_configuration_is_refused(project):
+    shutil.copy("config/smoke.yaml", "mine.yaml")
+    printed = snakemake("all", "-n", "--configfile", "mine.yaml", "--cores", "1")
+    assert "--configfile must be a file in" in printed and printed.endswith("ended with 1")
+    text = Path("config/smoke.yaml").read_text().replace("threads: 1", "threads: 0", 1)
+    Path("config/smoke.yaml").write_text(text)
+    printed = snakemake("all", "-n", *arguments("out"))
+    assert "threads" in printed and printed.endswith("ended with 1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_without_a_gpu_the_gpu_configuration_is_refused_before_anything_is_simulated(project):
+    printed = snakemake("table_3", *arguments("out", "gpu"))
+    assert "torch finds no GPU" in printed and printed.endswith("ended with 1") and not (project / "out" / "data").exists()
+
+
+def test_acquisitions_of_the_user_are_not_taken_for_photographs(project):
+    printed = snakemake("out/runs/usrnet-teacher-seed0/done", "out/runs/deq-R6-teacher-seed0/done", "-n", "-p", *arguments("out"))
+    calls = {name: next(line for line in printed.splitlines() if "papermill" in line and f"network: {name}," in line) for name in ("usrnet", "deq")}
+    assert "acquisitions" not in calls["usrnet"] and "data: out/acquisitions" in calls["deq"]
+
+
+# What a change runs again
+
+
+def edit_config(key: str, value: object, name: str = "smoke") -> None:
+    """Change one setting of a configuration of the present project."""
+    path = Path("config") / f"{name}.yaml"
+    settings = json.loads(json.dumps(yaml.safe_load(path.read_text())))  # an alias of YAML would change everywhere
+    *parents, last = key.split(".")
+    section = settings
+    for part in parents:
+        section = section.setdefault(part, {})
+    section[last] = value
+    path.write_text(yaml.safe_dump(settings))
+
+
+def test_a_change_runs_again_what_depends_on_it_and_nothing_else(project):
+    target = ("figure_6", *arguments("out"))
+    runs = paper_reports(load_config("smoke"))["figure_6"].runs
+    files = ["data/acquisitions", "data/R6", *(f"runs/{run.name}/done" for run in runs), "figure_6.png", "benchmarks/report/figure_6.tsv"]
+    for number, path in enumerate(Path("out", file) for file in files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (time.time() - 1000 + number,) * 2)
+    assert snakemake(*target, "--touch", "--forceall").endswith("ended with 0")
+    assert plan(*target) == {}, "everything exists"
+
+    written = Path("config/smoke.yaml").read_text()
+    edit_config("networks.varnet.pretraining.steps", 7)
+    edit_config("latency.repeats", 9)
+    assert plan(*target) == {}, "settings of other networks and of the measurement of time"
+    edit_config("networks.deq.finetuning.school.steps", 5)
+    assert plan(*target) == {"finetune": 1, "figure_6": 1, "total": 2}, "one student has another number of steps"
+    Path("config/smoke.yaml").write_text(written)
+
+    for name, expected in (("figure_7", {"figure_6": 1, "total": 1}), ("table_mri", {})):
+        path = EXPERIMENTS / f"{name}.ipynb"
+        notebook = json.loads(path.read_text())
+        cell = next(cell for cell in reversed(notebook["cells"]) if cell["cell_type"] == "code")
+        for added, jobs in (("\n# another comment", {}), ("\nprint('changed')", expected)):
+            cell["source"] = [*cell["source"], added]
+            path.write_text(json.dumps(notebook))
+            assert plan(*target) == jobs, (name, added)
+        shutil.copy(ROOT / path, path)
+    assert plan(*target) == {}
+
+
+def test_results_of_a_clone_are_shown_but_count_as_not_made(project):
+    """The committed tables come with a clone; runs and `done` files do not."""
+    shutil.copytree(ROOT / "outputs" / "demo", "outputs/demo", ignore=shutil.ignore_patterns("runs", "data", "benchmarks", "demo_*"))
+    assert len(read_runs("outputs/demo")) and not len(read_runs("outputs/demo", made=True))
+    found = plan("table_4", "--configfile", "config/demo.yaml", "--cores", "1")
+    assert found["pretrain"] == 1 and found["finetune"] == 12 and found["table_4"] == 1
+    with pytest.raises(FileNotFoundError):
+        collect("outputs/demo")
+
+
+# Failures and kills
+
+
+def test_a_failing_job_names_notebook_parameters_and_cell_and_the_others_go_on(project):
+    small_notebook("figure_7", "image = open('no such image')")
+    small_notebook("figure_3", "from pathlib import Path\nPath(f'{target}.png').touch()")
+    for name in ("pretrain", "finetune"):
+        small_notebook(name, "from tqdm import tqdm\nfor step in tqdm(range(3)): pass")
+    done = call("figure_6", "figure_4", "--set-threads", "finetune=1", *arguments("out", results="out"), "--cores", "2")
+    printed = done.stdout
+    assert done.returncode == 1 and "papermill nbs/experiments/figure_7.ipynb" in printed, printed[-3000:]
+    assert "config: smoke" in printed and "network: deq" in printed, "its parameters"
+    assert 'Exception encountered at "In [3]"' in printed and "image = open('no such image')" in printed
+    assert Path("out/figure_4.png").is_file() and not Path("out/figure_6.png").exists()
+    assert Path("out/notebooks/figure_6.ipynb").is_file(), "the executed notebook of the failure is kept"
+    student = nbformat.read(Path("out/runs") / Run("deq", 6, 0.40, "school").name / "run.ipynb", as_version=4)
+    assert not [output for cell in student.cells for output in cell.get("outputs", [])], "no progress bar"
+
+
+def kill_family(process: subprocess.Popen) -> None:
+    """End a process and all that it started at once, as a power failure does."""
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
+    """SIGKILL of Snakemake, papermill and kernel after some epochs; resumed, teacher and student equal those of a batch without an interruption."""
+    edit_config("networks.varnet.pretraining", {"steps": 60, "learning_rate": 1e-3, "checkpoint_every": 4})
+    runs = [Run("varnet"), Run("varnet", 6, 0.40, "school")]
+    command = lambda out: [f"{out}/runs/{runs[1].name}/done", "--rerun-incomplete", *arguments(out, acquisitions="acquisitions")]
+    batch = subprocess.Popen([sys.executable, "-m", "snakemake", *command("out")], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    folder = project / "out" / "runs" / runs[0].name
+    while not (states := list(folder.glob("state/*/training.safetensors"))):
+        assert batch.poll() is None, batch.stderr.read()[-3000:]
+        time.sleep(0.05)
+    kill_family(batch)
+    made = read_state(states[0])[1]["log"]["seconds"]
+    assert 4 <= len(made) < 60 and not (folder / "done").exists() and not (folder / "result.json").exists()
+
+    assert snakemake("--unlock", *command("out")).endswith("ended with 0")
+    done = call(*command("out"))
+    assert done.returncode == 0 and not states[0].exists(), done.stdout[-3000:]
+    curve = pd.read_csv(folder / "curve.csv")
+    assert len(curve) == 60 and curve["seconds"][: len(made)].tolist() == pytest.approx(made, rel=1e-4), "not trained again"
+    assert call(*command("whole")).returncode == 0
+    for run in runs:
+        metrics = [pd.read_csv(project / out / "runs" / run.name / "metrics.csv") for out in ("out", "whole")]
+        pd.testing.assert_frame_equal(*metrics)
+
+    (folder / "done").unlink()
+    result = (folder / "result.json").stat().st_mtime_ns
+    assert call(f"out/runs/{runs[0].name}/done", *command("out")[1:]).returncode == 0
+    assert (folder / "done").is_file() and (folder / "result.json").stat().st_mtime_ns == result, "a finished training is kept"
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv is Linux's")
+def test_no_job_outlives_a_killed_snakemake(project):
+    """SIGKILL of Snakemake alone: a job that trained on would do so beside the next batch."""
+    small_notebook("figure_1", "from pathlib import Path; import time\nPath('begun').touch(); time.sleep(300)")
+    command = [sys.executable, "-m", "snakemake", "figure_1", *arguments("out")]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as batch:
+        while not Path("begun").is_file():
+            assert batch.poll() is None
+            time.sleep(0.1)
+        family = psutil.Process(batch.pid).children(recursive=True)
+        assert any("ipykernel" in " ".join(process.cmdline()) for process in family)
+        os.kill(batch.pid, signal.SIGKILL)
+        left = psutil.wait_procs(family, timeout=20)[1]
+        for process in left:
+            process.kill()
+    assert not left
+
+
+# Time, memory, GPUs, make
+
+
+def test_measured_jobs_are_summed_by_rule_and_give_the_estimate(tmp_path):
+    teacher, student = Run("deq"), Run("deq", 6, 0.40, "school")
+    assert "none of them has been measured" in estimate("smoke", str(tmp_path))
+    for rule, job, seconds, memory in (("pretrain", teacher.name, 600, "900.0"), ("finetune", student.name, 60, "700.0"), ("latency", "deq", 120, "-")):
+        path = tmp_path / "benchmarks" / rule / f"{job}.tsv"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"s\th:m:s\tmax_rss\n{seconds}\t0\t{memory}\n")
+    write_resources(tmp_path)
+    text = (tmp_path / "resources.md").read_text()
+    assert re.search(r"\| all +\| +3 \| +13 +\| +10 +\| +900 \|", text), text
+    shutil.rmtree(tmp_path / "benchmarks")
+    count = len(paper_runs(load_config("smoke")))
+    assert f"{count} runs to do, about {5.5 * count:.0f} minutes one after the other (2 measured)" in estimate("smoke", str(tmp_path))
+    (teacher.folder(tmp_path) / "done").parent.mkdir(parents=True)
+    (teacher.folder(tmp_path) / "done").touch()
+    assert f"{count - 1} runs to do, about {count - 1} minutes" in estimate("smoke", str(tmp_path)), "from resources.csv"
+
+
+def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
+    path = ROOT / "workflow" / "scripts" / "own_gpu.py"
+    spec = importlib.util.spec_from_file_location("own_gpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    first = module.own_gpu(["0", "1"], str(tmp_path))
+    script = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], 'torch' in sys.modules, flush=True); sys.stdin.read()"
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}
+    other = subprocess.Popen([sys.executable, path, sys.executable, "-c", script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert (first, other.stdout.readline().split()) == ("0", ["1", "False"])
+    other.kill()  # the operating system releases the lock
+    other.communicate()
+    assert module.own_gpu(["0", "1"], str(tmp_path)) == "1"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert module.own_gpu(["0"], str(tmp_path)) == "", "Slurm has assigned the job its GPU"
+    assert [module.own_gpu(["0", "1"], str(tmp_path)) for _ in range(2)] == ["0", "1"], "a batch within an allocation"
+    for named, gpus in (("3,5", ["3", "5"]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert module.visible_gpus() == gpus
+
+
+@pytest.mark.parametrize("choice, message", [
+    ("PROFILE=gpu", "PROFILE= is not an option: name a file of config/ with CONFIG=gpu"),
+    ("CONFIG=dmeo", "CONFIG must be one of cbsd68 demo gpu paper siat smoke, got dmeo"),
+])  # fmt: skip
+def test_make_refuses_an_unknown_configuration(choice, message):
+    done = subprocess.run(["make", "-n", "paper", choice], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_the_key_of_a_run_does_not_wait_for_data_or_teacher(tmp_path):
+    run, config = Run("varnet", 6, 0.40, "school"), load_config("paper")
+    assert run_key(run, config) == run_key(run, config) != run_key(Run("varnet", 8, 0.40, "school"), config)
+    assert run_key(run, config, str(tmp_path)) != run_key(run, config), "another folder of acquisitions"

@@ -15,6 +15,8 @@ from spade.operators import MultiCoilMRI
 
 TENSORS = ("y", "mask", "maps")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*coil maps cover")  # 7 ACS lines of 72 are too few
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -33,6 +35,7 @@ def change(source: Path, target: Path, edit) -> Path:
     shutil.copy(source, target)
     with h5py.File(target, "r+") as file:
         edit(file)
+        file.attrs.pop("spade_digest", None)  # edited on purpose
     return target
 
 
@@ -92,6 +95,7 @@ def test_file_of_measured_lines_gives_the_same_items_bit_by_bit(files, tmp_path)
         assert equal(view[i], prospective[i]) and equal(view[i], dataset[i])
 
 
+@pytest.mark.filterwarnings("ignore:.*its energy")
 def test_measurement_does_not_depend_on_unmeasured_columns(files, tmp_path):
     mask = MultiCoilSlices(files)[0]["mask"][0, 0].numpy()
     noise = np.random.default_rng(0).normal(size=(2, 4, 128, 72)) * 1e6
@@ -126,7 +130,7 @@ def test_encoding_limits_are_respected(files, tmp_path):
 
 
 def test_crop(files):
-    assert MultiCoilSlices(files, crop=48)[0]["x"].shape == (1, 48, 72)
+    assert MultiCoilSlices(files, crop=48, acs_fraction=0.25)[0]["x"].shape == (1, 48, 72)
     full, cut = MultiCoilSlices(files, crop=64, maps_folder=False)[0], MultiCoilSlices(files, maps_folder=False)[0]
     assert equal(full, cut)
     with pytest.raises(ValueError, match="crop must lie between 1 and the 128 rows"):
@@ -227,7 +231,7 @@ def test_split_depends_on_the_seed_and_not_on_the_order(files):
 
 def test_volumes_unlike_their_neighbours_are_batched_apart(files, tmp_path):
     other = simulate(tmp_path, 1, 3, shape=(48, 64), num_coils=2, progress=False, name="other")
-    batches = list(loader(MultiCoilSlices([files[0], *other, files[1]]), batch_size=2))
+    batches = list(loader(MultiCoilSlices([files[0], *other, files[1]], acs_fraction=0.2), batch_size=2))
     assert [tuple(batch.y.shape) for batch in batches] == [(2, 4, 64, 72)] * 2 + [(2, 2, 48, 64), (1, 2, 48, 64)]
 
 
@@ -291,9 +295,8 @@ def test_kspace_that_is_not_finite_names_file_and_slice(files, tmp_path, value):
     def spoil(file):
         file["kspace"][1, 0, 3, 5] = value
 
-    dataset = MultiCoilSlices([change(files[0], tmp_path / "spoilt.h5", spoil)])
-    assert dataset[0]["slice"] == 0
     with pytest.raises(ValueError, match=r"slice 1 in .*spoilt.h5 holds NaN or infinite"):
+        dataset = MultiCoilSlices([change(files[0], tmp_path / "spoilt.h5", spoil)])
         dataset[1]
 
 

@@ -77,10 +77,13 @@ def test_same_seed_same_numbers_and_any_number_of_subjects(files, tmp_path):
     assert not np.array_equal(contents(more[0]), contents(more[1]))
 
 
-def test_complete_files_are_kept_and_others_made_anew(tmp_path):
+def test_complete_files_are_kept_and_absent_or_other_ones_made(tmp_path):
     first, second = simulate(tmp_path, **TINY)
     stamp, whole = first.stat().st_mtime_ns, contents(second)
-    second.write_bytes(second.read_bytes()[:1000])  # as after a kill
+    second.write_bytes(second.read_bytes()[:1000])
+    with pytest.raises(FileExistsError, match="cannot be read .* is not replaced, remove it"):
+        simulate(tmp_path, **TINY)
+    second.unlink()
     simulate(tmp_path, **TINY)
     assert first.stat().st_mtime_ns == stamp and np.array_equal(contents(second), whole)
     simulate(tmp_path, **TINY | {"snr": 10.0})

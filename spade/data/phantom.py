@@ -7,10 +7,10 @@ __all__ = ['LATTICE', 'LATTICE_STEP', 'RELAXATION', 'BRAIN_EDGE', 'HEADER', 'VER
            'uniform', 'smooth_field', 'pixel_size', 'pixel_grid', 'sample_volume', 'Subject', 'draw_signal',
            'draw_affine', 'draw_lesions', 'draw_subject', 'brain_tissues', 'step_up', 'outer_layers', 'lesion_fraction',
            'head_tissues', 'texture', 'vessels', 'magnitude_image', 'smooth_phase', 'coil_loops', 'biot_savart',
-           'coil_maps', 'Scan', 'check_scan', 'centred_fft', 'object_level', 'acquire', 'ismrmrd_header', 'has_key',
-           'write_acquisition', 'simulate_slices', 'find_dataset', 'image_labels', 'Images', 'open_images',
-           'read_own_images', 'centre_fit', 'resize', 'simulate_image_slices', 'spread_evenly', 'Acquisition',
-           'image_acquisitions', 'drawn_acquisitions', 'simulate']
+           'coil_maps', 'Scan', 'check_scan', 'centred_fft', 'object_level', 'acquire', 'ismrmrd_header',
+           'header_digest', 'is_intact', 'write_acquisition', 'simulate_slices', 'find_dataset', 'image_labels',
+           'Images', 'open_images', 'read_own_images', 'centre_fit', 'resize', 'simulate_image_slices', 'spread_evenly',
+           'Acquisition', 'image_acquisitions', 'drawn_acquisitions', 'simulate']
 
 # %% ../../nbs/data/22_phantom.ipynb #c003
 import importlib.resources
@@ -399,14 +399,43 @@ def ismrmrd_header(shape: Sequence[int], num_coils: int, oversampling: int = 2, 
         height_mm=height * step,
     )
 
-# %% ../../nbs/data/22_phantom.ipynb #c091
-def has_key(path: Path, key: str) -> bool:
-    """Whether `path` is a readable file that was made with the same settings."""
+# %% ../../nbs/data/22_phantom.ipynb #c092
+def header_digest(file: h5py.File) -> str:
+    """A digest of what a reader takes from the header and the attributes of a file."""
+    return content_key(
+        *(str(file.attrs.get(name)) for name in ("patient_id", "acquisition", "spade_key")), file["ismrmrd_header"][()]
+    )
+
+
+def is_intact(path: Path, key: str) -> bool:
+    """Whether the simulator's file has this key and is undamaged; raises `FileExistsError` for a foreign file."""
     try:
         with h5py.File(path, "r") as file:
-            return file.attrs.get("spade_key") == key
-    except OSError:  # absent, or not HDF5: a file cut short is made again
+            if not file.attrs.get("spade_simulated", False):
+                raise FileExistsError(
+                    f"{path} was not made by the simulator: it is not replaced, choose another folder or name."
+                )
+            try:
+                whole = all(
+                    np.isfinite(file[name][i]).all()
+                    for name in ("kspace", "reconstruction_rss")
+                    for i in range(len(file[name]))
+                )
+                return (
+                    bool(whole)
+                    and file.attrs.get("spade_key") == key
+                    and file.attrs.get("spade_digest") == header_digest(file)
+                )
+            except (OSError, KeyError, TypeError, ValueError):  # a checksum that fails
+                return False
+    except FileNotFoundError:
         return False
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise FileExistsError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): it is not replaced, remove it."
+        ) from None
 
 # %% ../../nbs/data/22_phantom.ipynb #c093
 def write_acquisition(
@@ -416,26 +445,20 @@ def write_acquisition(
     patient_id: str,
     key: str,  # of all settings; a file that carries it is kept
 ) -> Path:
-    """Write one subject's slices as fastMRI does, whole or not at all."""
+    """Write one subject's slices as fastMRI does, atomically; raises `FileExistsError` for a foreign file."""
 
     def write(part: Path) -> None:
         kspace = np.stack([kspace.numpy() for kspace in slices()])
-        rss = np.stack(
-            [root_sum_of_squares(crop_readout(torch.from_numpy(one), scan.shape[0])).numpy() for one in kspace]
-        )
-        with h5py.File(part, "w") as file:
-            file["kspace"], file["reconstruction_rss"] = kspace, rss
+        rss = [root_sum_of_squares(crop_readout(torch.from_numpy(one), scan.shape[0])).numpy() for one in kspace]
+        with h5py.File(part, "w", libver="latest") as file:  # whose metadata have checksums
+            for name, values in (("kspace", kspace), ("reconstruction_rss", np.stack(rss))):
+                file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]), fletcher32=True)
             file["ismrmrd_header"] = ismrmrd_header(scan.shape, scan.num_coils, scan.oversampling)
-            file.attrs.update(
-                acquisition="AXT2",
-                patient_id=patient_id,
-                max=rss.max(),
-                norm=np.linalg.norm(rss),
-                spade_key=key,
-                spade_simulated=True,
-            )
+            about = dict(acquisition="AXT2", patient_id=patient_id, spade_key=key, spade_simulated=True)
+            file.attrs.update(about, max=np.max(rss), norm=np.linalg.norm(rss))
+            file.attrs["spade_digest"] = header_digest(file)
 
-    return path if has_key(path, key) else atomic_write(path, write)
+    return path if is_intact(path, key) else atomic_write(path, write)
 
 # %% ../../nbs/data/22_phantom.ipynb #c095
 VERSION = 3  # of the simulation: raise it when the same settings give other numbers

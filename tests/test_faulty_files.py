@@ -1,0 +1,221 @@
+"""Acquisitions that are damaged, unusual or not what they seem: each is read right, warned of, or refused."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from spade.basics import seed_of
+from spade.data.fastmri import MultiCoilSlices, cached_maps, check_coverage, load_maps, read_volume_header
+from spade.data.phantom import simulate
+
+FLIPS = int(os.environ.get("SPADE_FLIPS", 40))  # bit positions a file
+SEED = int(os.environ.get("SPADE_FLIPS_SEED", 0))
+
+
+@pytest.fixture(scope="module")
+def acquisition(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("acquisition")
+    return simulate(folder, 1, 2, shape=(64, 128), num_coils=4, progress=False)[0]
+
+
+def rewrite(source: Path, target: Path, edit) -> Path:
+    shutil.copy(source, target)
+    with h5py.File(target, "r+") as file:
+        kspace = file["kspace"][()]
+        new = edit(kspace)
+        file.attrs.pop("spade_digest", None)  # edited on purpose
+        if new is not None:
+            del file["kspace"]
+            file["kspace"] = new
+    return target
+
+
+def flipped(path: Path, number: int) -> bytes:
+    """The bytes of a file with one bit changed, at a position that the number determines."""
+    content = bytearray(path.read_bytes())
+    position = seed_of("flip", SEED, path.suffix, number) % (8 * len(content))
+    content[position // 8] ^= 1 << position % 8
+    return bytes(content)
+
+
+def same(left: dict, right: dict) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in ("y", "mask", "maps", "x"))
+
+
+def test_plain_file_raises_no_warning(acquisition, recwarn):
+    MultiCoilSlices([acquisition], maps_folder=False)[0]
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+def test_pair_of_fields_and_last_axis_are_complex(acquisition, tmp_path):
+    def fields(kspace):
+        pair = np.zeros(kspace.shape, dtype=[("real", "f4"), ("imag", "f4")])
+        pair["real"], pair["imag"] = kspace.real, kspace.imag
+        return pair
+
+    expected = MultiCoilSlices([acquisition], maps_folder=False)[1]
+    for name, edit in (("fields", fields), ("axis", lambda k: np.stack([k.real, k.imag], axis=-1))):
+        path = rewrite(acquisition, tmp_path / f"{name}.h5", edit)
+        found = MultiCoilSlices([path], maps_folder=False)[1]
+        assert same(found, expected) and found["scale"] == expected["scale"]
+
+
+def test_undersampled_file_without_mask_has_no_reference(acquisition, tmp_path):
+    mask = np.arange(128) % 4 == 1
+    mask[57:71] = True
+    path = rewrite(acquisition, tmp_path / "gaps.h5", lambda kspace: kspace * mask)
+    with pytest.warns(UserWarning, match=r"gaps.h5 has no mask, but 42 of 128 columns hold a signal"):
+        item = MultiCoilSlices([path], maps_folder=False)[0]
+    assert "x" not in item and np.array_equal(item["mask"].numpy().ravel(), mask)
+
+
+@pytest.mark.parametrize(
+    "name, edit, sentence",
+    [
+        ("unshifted", lambda k: np.fft.ifftshift(k, axes=(-2, -1)), "not centred along rows and columns"),
+        ("columns", lambda k: np.fft.ifftshift(k, axes=-1), "not centred along columns"),
+        ("rows", lambda k: np.fft.ifftshift(k, axes=-2), "not centred along rows"),
+        ("chopped", lambda k: k * (-1.0) ** np.arange(128), "multiplied by .-1.[\\^]n"),
+        ("hybrid", lambda k: np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(k, -2), axis=-2), -2), "rows"),
+        ("image", lambda k: np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(k, (-2, -1))), (-2, -1)), "energy"),
+    ],
+)
+def test_kspace_that_is_not_centred_is_warned_of(acquisition, tmp_path, name, edit, sentence):
+    path = rewrite(acquisition, tmp_path / f"{name}.h5", lambda k: edit(k).astype(np.complex64))
+    with pytest.warns(UserWarning, match=f"{name}.h5: .*{sentence}"):
+        MultiCoilSlices([path], maps_folder=False)
+
+
+def test_coils_and_slices_in_each_others_place_are_refused(acquisition, tmp_path):
+    path = rewrite(acquisition, tmp_path / "swapped.h5", lambda k: np.swapaxes(k, 0, 1))
+    with pytest.raises(ValueError, match=r"swapped.h5 holds 2 coils .* header says"):
+        read_volume_header(path)
+
+
+def test_too_few_acs_lines_are_warned_of_and_refused(acquisition):
+    with pytest.warns(UserWarning, match=r"demo_0000.h5: coil maps cover \d+% of the object, made from \d ACS lines"):
+        item = MultiCoilSlices([acquisition], acs_fraction=8 / 128, maps_folder=False)[0]
+    with pytest.raises(ValueError, match="slice: coil maps cover 0% of the object, made from 13 ACS lines; measure at"):
+        check_coverage(torch.zeros_like(item["maps"]), item["y"], slice(57, 70), "slice")
+
+
+def test_groups_and_dangling_links_are_refused(acquisition, tmp_path):
+    for name, put in (
+        ("group", lambda file: file.create_group("kspace")),
+        ("dangling", lambda file: file.__setitem__("kspace", h5py.SoftLink("/nowhere"))),
+        ("elsewhere", lambda file: file.__setitem__("kspace", h5py.ExternalLink("absent.h5", "kspace"))),
+    ):
+        path = shutil.copy(acquisition, tmp_path / f"{name}.h5")
+        with h5py.File(path, "r+") as file:
+            del file["kspace"]
+            put(file)
+        with pytest.raises(ValueError, match=rf"{name}.h5 has no dataset 'kspace'"):
+            read_volume_header(path)
+    path = shutil.copy(acquisition, tmp_path / "mask.h5")
+    with h5py.File(path, "r+") as file:
+        file.create_group("mask")
+    with pytest.raises(ValueError, match="mask.h5 has no dataset 'mask'"):
+        MultiCoilSlices([path])[0]
+
+
+def test_reconstruction_size_of_zero_is_refused(acquisition, tmp_path):
+    path = shutil.copy(acquisition, tmp_path / "zero.h5")
+    with h5py.File(path, "r+") as file:
+        file.attrs.pop("spade_digest")
+        header = file["ismrmrd_header"][()].decode().replace("<matrixSize><x>64</x>", "<matrixSize><x>0</x>")
+        del file["ismrmrd_header"]
+        file["ismrmrd_header"] = header
+    with pytest.raises(ValueError, match="zero.h5 holds 4 coils and 128 rows, but its header says"):
+        read_volume_header(path)
+
+
+def test_file_in_use_names_the_lock(acquisition, tmp_path):
+    path = shutil.copy(acquisition, tmp_path / "used.h5")
+    hold = f"import h5py; file = h5py.File({str(path)!r}, 'r+'); print('open', flush=True); input()"
+    environment = {k: v for k, v in os.environ.items() if k != "HDF5_USE_FILE_LOCKING"}
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=-1, stdout=-1, text=True, env=environment) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(ValueError, match="used.h5 is locked by another program: .* HDF5_USE_FILE_LOCKING"):
+            read_volume_header(path)
+        other.communicate("\n")
+
+
+@pytest.mark.parametrize("content", [b"", b"not HDF5", None])
+def test_the_simulator_replaces_nothing_that_is_not_its_own(tmp_path, content):
+    path = tmp_path / "demo_0000.h5"
+    if content is None:
+        with h5py.File(path, "w") as file:
+            file["kspace"] = np.ones((1, 2, 4, 4), np.complex64)
+        content = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(FileExistsError, match="demo_0000.h5 .* is not replaced"):
+        simulate(tmp_path, 1, 1, shape=(32, 32), num_coils=2, progress=False)
+    assert path.read_bytes() == content
+
+
+def test_the_simulator_makes_a_damaged_file_of_its_own_again(tmp_path):
+    settings = dict(num_subjects=1, slices_per_subject=1, shape=(32, 32), num_coils=2, progress=False)
+    path = simulate(tmp_path, **settings)[0]
+    with h5py.File(path) as file:
+        expected = file["kspace"][()]
+    good = path.read_bytes()
+    for number in range(FLIPS):
+        path.write_bytes(good)
+        path.write_bytes(flipped(path, number))
+        try:
+            simulate(tmp_path, **settings)
+        except FileExistsError:  # it cannot be opened any more, so nobody knows whose it was
+            continue
+        with h5py.File(path) as file:
+            assert np.array_equal(file["kspace"][()], expected)
+
+
+def test_a_flipped_bit_of_the_cache_is_noticed(acquisition, tmp_path):
+    dataset = MultiCoilSlices([acquisition], maps_folder=tmp_path)
+    maps = dataset[0]["maps"]
+    file = next(tmp_path.glob("*.npy"))
+    good = file.read_bytes()
+    for number in range(FLIPS):
+        file.write_bytes(good)
+        file.write_bytes(flipped(file, number))
+        assert load_maps(file, maps.shape) is None
+    for wrong in (b"", good[:31], good[:100], b"PK" + good):
+        file.write_bytes(wrong)
+        assert load_maps(file, maps.shape) is None
+    assert torch.equal(MultiCoilSlices([acquisition], maps_folder=tmp_path)[0]["maps"], maps)
+    assert file.read_bytes() == good
+
+
+def test_maps_are_kept_elsewhere_where_the_folder_cannot_be_written(acquisition, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPADE_CACHE", str(tmp_path / "cache"))
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where a folder is wanted, which also root cannot write into")
+    item = MultiCoilSlices([acquisition], maps_folder=False).measurements()[0]
+    kspace, acs = item["y"], slice(57, 70)
+    with pytest.warns(UserWarning, match=r"cannot be written .* coil maps are kept in .*cache"):
+        maps = cached_maps(kspace, acs, blocked / "maps", "slice", {})
+    assert len(list((tmp_path / "cache" / "maps").iterdir())) == 1
+    assert torch.equal(cached_maps(kspace, acs, blocked / "maps", "slice", {}), maps)
+
+
+def test_a_flipped_bit_of_an_acquisition_changes_no_number_silently(acquisition, tmp_path):
+    """Every flip is noticed when the file is read, or leaves all numbers as they were."""
+    expected = [MultiCoilSlices([acquisition], maps_folder=False)[i] for i in range(2)]
+    path, silent = tmp_path / acquisition.name, []
+    for number in range(FLIPS):
+        path.write_bytes(flipped(acquisition, number))
+        try:
+            dataset = MultiCoilSlices([path], maps_folder=False)
+            found = [dataset[i] for i in range(len(dataset))]
+        except (ValueError, OSError):
+            continue
+        if len(found) != 2 or not all(map(same, found, expected)):
+            silent.append(number)
+    assert not silent

@@ -1,7 +1,7 @@
-"""The losses: zero at the optimum, gradients, blindness to the ground truth, and the operator that each network believes in."""
+"""The losses: zero at the optimum, gradients, no use of the ground truth, the operator of each network."""
+
 import copy
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,10 +9,26 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from spade.losses import STRATEGIES, ALLOWED_SETTINGS, data_fidelity, default_loss, draw_rotation, equivariance, l1, loss_name, make_strategy, rotate, rotate_right, self_supervised_loss, smooth_l1, squared_error, ssim_l1_loss, ssim_loss
+from spade.finetuning import train
+from spade.losses import (
+    ALLOWED_SETTINGS,
+    STRATEGIES,
+    data_fidelity,
+    default_loss,
+    draw_rotation,
+    equivariance,
+    l1,
+    make_strategy,
+    rotate,
+    rotate_right,
+    self_supervised_loss,
+    smooth_l1,
+    squared_error,
+    ssim_l1_loss,
+    ssim_loss,
+)
 from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
-from spade.training import train
 
 
 class Batch(NamedTuple):
@@ -22,9 +38,13 @@ class Batch(NamedTuple):
     info: dict
 
 
-def make_batch(seed: int = 0, size: tuple[int, int] = (32, 32), batch: int = 1, dtype: torch.dtype = torch.complex64) -> Batch:
+def make_batch(
+    seed: int = 0, size: tuple[int, int] = (32, 32), batch: int = 1, dtype: torch.dtype = torch.complex64
+) -> Batch:
     g = torch.Generator().manual_seed(seed)
-    A = MultiCoilMRI(torch.arange(size[1]) % 3 < 2, normalize_maps(torch.randn(batch, 3, *size, dtype=dtype, generator=g)))
+    A = MultiCoilMRI(
+        torch.arange(size[1]) % 3 < 2, normalize_maps(torch.randn(batch, 3, *size, dtype=dtype, generator=g))
+    )
     x = torch.randn(batch, 1, *size, dtype=dtype, generator=g)
     return Batch(A(x), A, x, {})
 
@@ -39,12 +59,14 @@ def small(network: type) -> nn.Module:
 
 class Zero(nn.Module):
     """Answers with the zero-filled image."""
+
     def forward(self, y, A):
         return A.adjoint(y)
 
 
 class Image(nn.Module):
     """Answers with the image it holds."""
+
     def __init__(self, image):
         super().__init__()
         self.image = nn.Parameter(image.clone())
@@ -80,7 +102,10 @@ def test_ssim_agrees_with_scikit_image(shape):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(shape, dtype=torch.complex128, generator=g)
     x_hat = x + 0.3 * torch.randn(shape, dtype=torch.complex128, generator=g)
-    expected = [structural_similarity(a.abs().numpy()[0], b.abs().numpy()[0], data_range=b.abs().max().item(), win_size=7) for a, b in zip(x_hat, x)]
+    expected = [
+        structural_similarity(a.abs().numpy()[0], b.abs().numpy()[0], data_range=b.abs().max().item(), win_size=7)
+        for a, b in zip(x_hat, x)
+    ]
     assert 1 - ssim_loss(x_hat, x).item() == pytest.approx(sum(expected) / len(expected), abs=1e-10)
 
 
@@ -94,12 +119,20 @@ def test_ssim_of_colour_images_agrees_with_scikit_image():
 def test_ssim_of_an_empty_slice_and_of_a_tiny_image():
     zero = torch.zeros(1, 1, 8, 8, dtype=torch.complex64)
     assert ssim_loss(zero, zero) == 0 and ssim_loss(zero + 1, zero).isfinite()
-    with pytest.raises(ValueError, match="at least 7×7 pixels, found \\(6, 8\\)"):
+    for start in (zero, zero + 1):
+        guess = start.clone().requires_grad_()
+        ssim_loss(guess, zero).backward()  # in single precision, too
+        assert guess.grad.isfinite().all()
+    with pytest.raises(ValueError, match="at least 7×7 pixels for the SSIM, got \\(6, 8\\)"):
         ssim_loss(zero[..., :6, :], zero[..., :6, :])
 
 
 def test_default_losses():
-    assert [default_loss(small(n)).__name__ for n in (DEQ, VarNet, E2EVarNet)] == ["smooth_l1", "ssim_loss", "ssim_loss"]
+    assert [default_loss(small(n)).__name__ for n in (DEQ, VarNet, E2EVarNet)] == [
+        "smooth_l1",
+        "ssim_loss",
+        "ssim_loss",
+    ]
 
 
 def test_data_fidelity_counts_measured_points_only():
@@ -114,7 +147,9 @@ def test_data_fidelity_counts_measured_points_only():
 def test_rotations(size):
     x = make_batch(size=size, batch=3).x
     assert torch.allclose(rotate(x, torch.full((3,), 180.0)), x.flip(-2, -1), atol=1e-5)
-    assert torch.allclose(rotate(x, torch.tensor([0.0, 360.0, 180.0])), torch.stack([x[0], x[1], x[2].flip(-2, -1)]), atol=1e-4)
+    assert torch.allclose(
+        rotate(x, torch.tensor([0.0, 360.0, 180.0])), torch.stack([x[0], x[1], x[2].flip(-2, -1)]), atol=1e-4
+    )
     if size[0] == size[1]:
         quarters = torch.tensor([1, 2, 3])
         assert torch.allclose(rotate(x, 90.0 * quarters), rotate_right(x, quarters), atol=1e-5)
@@ -150,7 +185,9 @@ def test_detach_stops_the_gradient_through_the_turned_image():
     for detach in (False, True):
         model = small(VarNet)
         x_hat = x.clone().requires_grad_()
-        equivariance(model, x_hat, A, draw_rotation("right", x, torch.Generator().manual_seed(0)), detach=detach).backward()
+        equivariance(
+            model, x_hat, A, draw_rotation("right", x, torch.Generator().manual_seed(0)), detach=detach
+        ).backward()
         gradients.append(x_hat.grad)
     assert gradients[0].abs().max() > 0 and gradients[1] is None
 
@@ -158,7 +195,9 @@ def test_detach_stops_the_gradient_through_the_turned_image():
 def test_e2e_varnet_is_judged_with_the_maps_it_estimated():
     y, A, x, _ = make_batch()
     model = small(E2EVarNet)
-    nonsense = A.with_maps(normalize_maps(torch.roll(A.maps, 7, dims=-1)))  # E2E-VarNet ignores these maps: the loss must not change
+    nonsense = A.with_maps(
+        normalize_maps(torch.roll(A.maps, 7, dims=-1))
+    )  # E2E-VarNet ignores these maps: the loss must not change
     losses = [self_supervised_loss(model, y, B, torch.Generator().manual_seed(0)) for B in (A, nonsense)]
     assert torch.allclose(*losses, rtol=1e-6)
     estimated = model.effective_operator(y, A)
@@ -170,18 +209,33 @@ def test_e2e_varnet_is_judged_with_the_maps_it_estimated():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_gives_every_network_finite_gradients(network, strategy):
     model, batch = small(network).train(), make_batch()
-    loss = make_strategy(strategy, teacher=small(network))(model, batch, torch.Generator().manual_seed(0)) if strategy != "school" else \
-        make_strategy(strategy, teacher=DEQ(features=2, num_blocks=1, max_iterations=3))(model, batch, torch.Generator())
+    loss = (
+        make_strategy(strategy, teacher=small(network))(model, batch, torch.Generator().manual_seed(0))
+        if strategy != "school"
+        else make_strategy(strategy, teacher=DEQ(features=2, num_blocks=1, max_iterations=3))(
+            model, batch, torch.Generator()
+        )
+    )
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert loss > 0 and gradients and all(g.isfinite().all() for g in gradients) and max(g.abs().max() for g in gradients) > 0
+    assert (
+        loss > 0
+        and gradients
+        and all(g.isfinite().all() for g in gradients)
+        and max(g.abs().max() for g in gradients) > 0
+    )
 
 
 @pytest.mark.parametrize("strategy", ["school", "self-supervised"])
 @pytest.mark.parametrize("network", [VarNet, DEQ])
 def test_school_and_self_supervised_never_see_the_ground_truth(strategy, network):
     batches = [make_batch(seed) for seed in range(2)]
-    truths = {"truth": lambda x: x, "NaN": lambda x: torch.full_like(x, math.nan), "None": lambda x: None, "other": lambda x: -x}
+    truths = {
+        "truth": lambda x: x,
+        "NaN": lambda x: torch.full_like(x, math.nan),
+        "None": lambda x: None,
+        "other": lambda x: -x,
+    }
     weights = {}
     for name, change in truths.items():
         model = small(network)
@@ -189,7 +243,14 @@ def test_school_and_self_supervised_never_see_the_ground_truth(strategy, network
         with torch.no_grad():
             for parameter in teacher.parameters():
                 parameter.mul_(1.2)
-        train(model, [b._replace(x=change(b.x)) for b in batches], make_strategy(strategy, teacher=teacher), steps=4, learning_rate=1e-3, progress=False)
+        train(
+            model,
+            [b._replace(x=change(b.x)) for b in batches],
+            make_strategy(strategy, teacher=teacher),
+            steps=4,
+            learning_rate=1e-3,
+            progress=False,
+        )
         weights[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert not torch.equal(weights["truth"], torch.cat([p.detach().flatten() for p in small(network).parameters()]))
     assert all(torch.equal(w, weights["truth"]) for w in weights.values())
@@ -197,9 +258,11 @@ def test_school_and_self_supervised_never_see_the_ground_truth(strategy, network
 
 def test_supervised_does_see_the_ground_truth():
     batch, model = make_batch(), small(VarNet)
-    losses = [make_strategy("supervised")(model, b, torch.Generator()).item() for b in (batch, batch._replace(x=-batch.x))]
+    losses = [
+        make_strategy("supervised")(model, b, torch.Generator()).item() for b in (batch, batch._replace(x=-batch.x))
+    ]
     assert losses[0] != losses[1]
-    with pytest.raises(ValueError, match="needs a ground truth"):
+    with pytest.raises(ValueError, match="batch.x must be the ground truth for strategy 'supervised', got None"):
         make_strategy("supervised")(model, batch._replace(x=None), torch.Generator())
 
 
@@ -224,22 +287,26 @@ def test_school_tells_equal_measurements_of_different_maps_apart():
 
 
 def test_bad_choices():
-    with pytest.raises(ValueError, match="unknown strategy 'homework'; choose one of supervised, school, self-supervised"):
+    with pytest.raises(
+        ValueError, match="unknown strategy 'homework': choose one of supervised, school, self-supervised"
+    ):
         make_strategy("homework")
-    with pytest.raises(ValueError, match="needs teacher="):
+    with pytest.raises(TypeError, match="teacher must be the network before pruning for strategy 'school', got None"):
         make_strategy("school")
     with pytest.raises(ValueError, match="unknown loss 'l7'"):
         make_strategy("supervised", loss="l7")
-    with pytest.raises(ValueError, match="expected 'any' or 'right'"):
+    with pytest.raises(ValueError, match="unknown rotations 'left': choose one of any, right"):
         make_strategy("self-supervised", rotations="left")
-    with pytest.raises(TypeError, match="needs an operator with transformed"):
+    with pytest.raises(TypeError, match="A must have the method transformed if rotate_maps=True, got a Identity"):
         equivariance(Image(make_batch().x), make_batch().x, nn.Identity(), lambda t: t, rotate_maps=True)
 
 
 # Photographs
 
+
 class Enlarge(nn.Module):
     """A network for photographs: one weight times the adjoint."""
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
@@ -250,7 +317,9 @@ class Enlarge(nn.Module):
 
 def photo_batch(size: tuple[int, int] = (12, 18), batch: int = 2, scale: int = 2) -> Batch:
     g = torch.Generator().manual_seed(0)
-    x, kernel = (torch.rand(*shape, generator=g, dtype=torch.float64) for shape in ((batch, 3, *size), (batch, 1, 5, 5)))
+    x, kernel = (
+        torch.rand(*shape, generator=g, dtype=torch.float64) for shape in ((batch, 3, *size), (batch, 1, 5, 5))
+    )
     A = BlurDownsample(kernel / kernel.sum(dim=(-2, -1), keepdim=True), scale)
     return Batch(A(x), A, x, {})
 
@@ -263,7 +332,7 @@ def test_self_supervision_of_photographs(size, rotations, flips):
     model = Enlarge()
     for seed in range(4):
         loss = self_supervised_loss(model, y, A, torch.Generator().manual_seed(seed), rotations, flips=flips)
-        gradient, = torch.autograd.grad(loss, model.weight)
+        (gradient,) = torch.autograd.grad(loss, model.weight)
         assert loss > 0 and gradient.isfinite() and gradient != 0
 
 
@@ -272,9 +341,11 @@ def test_right_angles_and_flips_move_pixels_of_a_photograph_and_nothing_else():
     found = set()
     for seed in range(60):
         turned = draw_rotation("right", x, torch.Generator().manual_seed(seed), flips=True)(x)
-        assert turned.shape[-2:] in ((4, 6), (6, 4)) and torch.equal(turned.flatten(1).sort().values, x.flatten(1).sort().values)
+        assert turned.shape[-2:] in ((4, 6), (6, 4)) and torch.equal(
+            turned.flatten(1).sort().values, x.flatten(1).sort().values
+        )
         found.add(turned[0].numpy().tobytes() + bytes(turned.shape))
-    assert len(found) == 6 # three turns, mirrored or not
+    assert len(found) == 6  # three turns, mirrored or not
     square = photo_batch((6, 6), batch=8).x
     turned = draw_rotation("right", square, torch.Generator().manual_seed(0))(square)
     assert not any(torch.equal(a, b) for a, b in zip(turned, square))
@@ -282,6 +353,7 @@ def test_right_angles_and_flips_move_pixels_of_a_photograph_and_nothing_else():
 
 def test_flips_are_for_photographs_unless_asked(monkeypatch):
     import spade.losses
+
     seen = []
     monkeypatch.setattr(spade.losses, "mirror", lambda image, mirrored: seen.append(image.is_complex()) or image)
     for flips, expected in ((None, [False]), (True, [True, False]), (False, [])):
@@ -295,7 +367,7 @@ def test_rotations_of_mri_are_those_of_before():
     x = make_batch(size=(12, 12), batch=3).x
     degrees = 360 * torch.rand(3, generator=torch.Generator().manual_seed(5))
     assert torch.equal(draw_rotation("any", x, torch.Generator().manual_seed(5))(x), rotate(x, degrees))
-    assert "flips" not in make_strategy("self-supervised").settings() # so a run that was interrupted can go on
+    assert "flips" not in make_strategy("self-supervised").settings()  # so a run that was interrupted can go on
     assert make_strategy("self-supervised", flips=True).settings()["flips"] is True
 
 
@@ -322,11 +394,14 @@ def test_one_set_of_maps_turns_with_each_image_of_a_batch(rotations):
     together = equivariance(model, x, shared, phi, rotate_maps=True)
     assert together == equivariance(model, x, copies, phi, rotate_maps=True) > 0
     alone = []
-    for i in range(3): # each image by itself, and the maps turned as the i-th
-        turned = lambda t, i=i: phi(t.expand(3, -1, -1, -1))[i:i + 1]
-        alone.append(equivariance(model, x[i:i + 1], shared, turned, rotate_maps=True))
+    for i in range(3):  # each image by itself, and the maps turned as the i-th
+        turned = lambda t, i=i: phi(t.expand(3, -1, -1, -1))[i : i + 1]
+        alone.append(equivariance(model, x[i : i + 1], shared, turned, rotate_maps=True))
     assert torch.isclose(together, torch.stack(alone).mean())
-    losses = [self_supervised_loss(model, shared(x), B, torch.Generator().manual_seed(1), rotations, rotate_maps=True) for B in (shared, copies)]
+    losses = [
+        self_supervised_loss(model, shared(x), B, torch.Generator().manual_seed(1), rotations, rotate_maps=True)
+        for B in (shared, copies)
+    ]
     assert losses[0] == losses[1]
 
 
@@ -342,22 +417,43 @@ def test_both_terms_of_ssim_and_l1_see_a_real_image_as_it_is():
     assert (x_hat < 0).any()
     assert torch.isclose(ssim_l1_loss(x_hat, x) - ssim_loss(x_hat, x), torch.tensor(4 * 0.4))
     turned = make_batch().x
-    assert ssim_l1_loss(1j * turned, turned) < 1e-4 # a complex image: magnitudes alone
+    assert ssim_l1_loss(1j * turned, turned) < 1e-4  # a complex image: magnitudes alone
     expected = ssim_loss(0.9 * turned, turned) + 4.0 * ((0.9 * turned).abs() - turned.abs()).abs().mean()
     assert ssim_l1_loss(0.9 * turned, turned) == expected
 
 
-@pytest.mark.parametrize("strategy, setting", [("self-supervised", "loss"), ("self-supervised", "remember"), ("supervised", "remember"),
-                                               *((name, setting) for name in ("supervised", "school") for setting in ("rotations", "rotate_maps", "weight", "detach", "flips"))])
+@pytest.mark.parametrize(
+    "strategy, setting",
+    [
+        ("self-supervised", "loss"),
+        ("self-supervised", "remember"),
+        ("supervised", "remember"),
+        *(
+            (name, setting)
+            for name in ("supervised", "school")
+            for setting in ("rotations", "rotate_maps", "weight", "detach", "flips")
+        ),
+    ],
+)
 def test_a_setting_of_another_strategy_is_refused_by_name(strategy, setting):
     value = {"loss": "l1", "rotations": "right", "weight": 0.5, "remember": 3}.get(setting, True)
-    with pytest.raises(TypeError, match=f"strategy '{strategy}' has no setting '{setting}'; it has {ALLOWED_SETTINGS[strategy][0]}") as raised:
+    with pytest.raises(
+        ValueError,
+        match=f"unknown setting of strategy {strategy} '{setting}': choose one of {ALLOWED_SETTINGS[strategy][0]}",
+    ):
         make_strategy(strategy, teacher=small(VarNet), **{setting: value})
-    assert "__init__" not in str(raised.value) and ". " not in str(raised.value)
 
 
 def test_every_strategy_takes_all_of_its_settings():
-    values = {"loss": "l1", "remember": 3, "rotations": "right", "rotate_maps": True, "weight": 0.5, "detach": True, "flips": True}
+    values = {
+        "loss": "l1",
+        "remember": 3,
+        "rotations": "right",
+        "rotate_maps": True,
+        "weight": 0.5,
+        "detach": True,
+        "flips": True,
+    }
     for name, settings in ALLOWED_SETTINGS.items():
         chosen = {setting: values[setting] for setting in settings}
         strategy = make_strategy(name, teacher=small(VarNet), **chosen)
@@ -368,16 +464,9 @@ def test_every_strategy_takes_all_of_its_settings():
 
 
 def test_a_teacher_is_a_network_and_a_loss_a_function():
-    with pytest.raises(TypeError, match=r"teacher is 'teacher.safetensors', expected the network before pruning; spade.load\(path\)"):
+    with pytest.raises(
+        TypeError, match="teacher must be the network before pruning for strategy 'school', got 'teacher.safetensors'"
+    ):
         make_strategy("school", teacher="teacher.safetensors")
-    with pytest.raises(TypeError, match="loss is 3, expected a function of two images or one of smooth_l1, ssim"):
+    with pytest.raises(TypeError, match="loss must be a function of two images or one of smooth_l1, ssim"):
         make_strategy("supervised", loss=3)
-
-
-def test_a_loss_has_the_same_name_in_another_process():
-    class Weighted:
-        def __call__(self, x_hat, x):
-            return 2 * l1(x_hat, x)
-    assert [loss_name(loss) for loss in (l1, nn.MSELoss(), Weighted(), partial(ssim_l1_loss, weight=0.5))] == [
-        "l1", "MSELoss()", Weighted.__qualname__, "ssim_l1_loss(weight=0.5)"]
-    assert loss_name(lambda a, b: (lambda c: c)(a - b)) == loss_name(lambda a, b: (lambda c: c)(a - b))  # no addresses in it

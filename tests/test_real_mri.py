@@ -217,6 +217,8 @@ def test_self_supervision_on_a_real_accelerated_acquisition(multicoil, tmp_path,
     )
     spade.finetune(teacher, others, "supervised", loss=LOSS[network], steps=15, learning_rate=3e-3, progress=False)
     student = spade.prune(teacher, 0.2)
+    if network == "e2e-varnet":  # eq. 9 holds the estimated maps fixed, so the estimator must not move under it
+        student.sens_net.requires_grad_(False)
     dataset = MultiCoilSlices(
         [as_fastmri(multicoil / "brain_t2_12ch_accel.h5", tmp_path / "accel.h5", rows_to_columns=True)], crop=48
     )
@@ -228,8 +230,8 @@ def test_self_supervision_on_a_real_accelerated_acquisition(multicoil, tmp_path,
         return self_supervised_loss(student, batch.y, batch.A, torch.Generator().manual_seed(3)).item()
 
     loss_before, misfit_before = loss(), residual(student, batch)
-    log = spade.finetune(student, dataset, "self-supervised", steps=8, learning_rate=2e-3, progress=False)
-    assert log.steps == 8 and np.isfinite(log.losses).all()
+    log = spade.finetune(student, dataset, "self-supervised", steps=16, learning_rate=2e-3, progress=False)
+    assert log.steps == 16 and np.isfinite(log.losses).all()
     assert loss() < 0.97 * loss_before and residual(student, batch) < 0.97 * misfit_before
     with pytest.raises(ValueError, match="batch.x must be the ground truth"):
         spade.finetune(student, dataset, "supervised", steps=1, progress=False)

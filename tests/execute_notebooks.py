@@ -28,9 +28,11 @@ def library_notebooks() -> list[Path]:
 
 
 def masked(text: str) -> str:
-    """Text without what may differ between machines: numbers, addresses, temporary folders, spaces, rules."""
-    text = re.sub(r"\x1b\[[\d;]*m|0x[0-9a-f]+|/tmp/\w+", "#", text)
-    text = re.sub(r"(?<![\w.])[-+−–]?(?:\d+(?:[,_]\d{3})*\.?\d*|\.\d+)(?:e[-+]?\d+)?j?|\bnan\b|\binf\b", "#", text)
+    """Text without what may differ between machines: numbers, hashes, addresses, temporary folders, spaces, rules."""
+    text = re.sub(r"\x1b\[[\d;]*m|0x[0-9a-f]+|/tmp/\w+|\b(?=[a-f]*\d)[0-9a-f]{8,}\b", "#", text)
+    text = re.sub(
+        r"(?<![\w.])[-+−–]?(?:\d+(?:[,_]\d{3})*|\.\d)(?:\.?\d+)*\.?(?:e[-+]?\d+)?j?|\b(?:nan|inf)\b", "#", text
+    )
     return re.sub(r"[ \t]+", " ", re.sub(r"[-─═]{3,}", "---", text)).strip()
 
 
@@ -77,8 +79,8 @@ def check(path: Path) -> tuple[Path, float, list[str]]:
     )
     try:
         client.execute()
-    except CellExecutionError as error:
-        return path, time.perf_counter() - start, [re.sub(r"\x1b\[[\d;]*m", "", str(error))]
+    except (CellExecutionError, RuntimeError, TimeoutError) as error:  # a cell's error, a dead kernel, a time limit
+        return path, time.perf_counter() - start, [re.sub(r"\x1b\[[\d;]*m", "", str(error))[-2000:]]
     return path, time.perf_counter() - start, differences(stored, fresh)
 
 

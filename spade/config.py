@@ -194,8 +194,8 @@ class ConfigLoader(yaml.SafeLoader):
         """A mapping as PyYAML composes it, before merge keys are resolved."""
         node = super().compose_mapping_node(anchor)  # type: ignore[misc]
         keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
+        for number, (key, _) in enumerate(node.value):
+            if key.value in keys[:number]:
                 raise ValueError(f"line {key.start_mark.line + 1}: key {key.value!r} must occur once in its mapping.")
         return node
 

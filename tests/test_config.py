@@ -136,11 +136,11 @@ def test_an_unknown_configuration_names_the_known():
         ),
         (
             {"networks": {"usrnet": {"warm_start": WARM}}},
-            "networks.usrnet.warm_start must be missing: super-resolution has no acceleration",
+            "networks.usrnet.warm_start must be missing in super-resolution",
         ),
         ({"random_start": {"supervised": [0.10]}}, r"random_start.supervised must be a subset of ratios, \(0.4,\)"),
         ({"random_start": {"scool": [0.40]}}, "unknown strategy 'scool'"),
-        ({"device": "tpu"}, "changed.yaml.device: unknown device 'tpu'"),
+        ({"device": "tpu"}, "changed.yaml.device: .*pattern"),
         ({"mixed_precision": "fp8"}, "changed.yaml.mixed_precision must be 'no', 'bf16' or 'fp16', got 'fp8'"),
         ({"threads": None}, "changed.yaml.threads must be a valid integer, got None"),
     ],
@@ -268,7 +268,7 @@ def test_every_key_is_read():
     paths = [path for path in sorted((ROOT / "spade").rglob("*.py")) if path.name != "config.py"]
     paths += [*sorted((ROOT / "nbs" / "experiments").glob("*.ipynb")), *ROOT.glob("workflow/Snakefile")]
     code = "\n".join(path.read_text() for path in paths)
-    code += (ROOT / "spade" / "config.py").read_text().split("def is_warm_started")[1]
+    code += (ROOT / "spade" / "config.py").read_text().split("def warm_start_at")[1]
     assert re.search(r"config\.sampling\.model_dump\(\)", code)
     names = [name for part in PARTS if part is not Sampling for name in part.model_fields]
     assert not [
@@ -280,11 +280,11 @@ def test_what_is_passed_on_whole_is_what_the_loop_and_the_strategy_take():
     import inspect
 
     from spade.data.fastmri import MultiCoilSlices
-    from spade.losses import SelfSupervised
+    from spade.losses import ALLOWED_SETTINGS
 
     assert set(Training(steps=1).arguments()) | {"loss", "steps_at", "learning_rate_at"} == set(Training.model_fields)
     Training(**Training(steps=1).arguments())
-    assert set(Equivariance.model_fields) <= set(inspect.signature(SelfSupervised).parameters)
+    assert set(Equivariance.model_fields) <= set(ALLOWED_SETTINGS["self-supervised"])
     assert set(Sampling.model_fields) <= set(inspect.signature(MultiCoilSlices).parameters)
 
 

@@ -19,7 +19,6 @@ from torch import nn
 
 from .files import atomic_write, plain
 from .models import NETWORKS
-from .pruning import shared_parameters
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c007
 WIDTHS: list[str] = (
@@ -71,7 +70,7 @@ def save(
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c022
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and description. Raises FileNotFoundError, or ValueError for a damaged, foreign or newer file."""
+    """Weights and description. Raises FileNotFoundError, or ValueError for a damaged or other file."""
     file_path = checkpoint_path(path)
     if not file_path.is_file():
         raise FileNotFoundError(f"no checkpoint at {file_path}.")
@@ -117,9 +116,11 @@ def check_architecture(
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(f"{path} must hold the architecture of this {kind}, got a difference in {min(wrong)!r}{more}.")
-    for name, first in shared_parameters(model).items():
-        if not torch.equal(tensors[name], tensors[first]):
-            raise ValueError(f"{path} must hold equal values for {name!r} and {first!r}, one parameter of this {kind}.")
+    first: dict[int, str] = {}  # names of one tensor: the first one by its id
+    for name, value in model.state_dict(keep_vars=True).items():
+        other = first.setdefault(id(value), name)
+        if not torch.equal(tensors[name], tensors[other]):
+            raise ValueError(f"{path} must hold equal values for {name!r} and {other!r}, one parameter of this {kind}.")
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c034
 def set_weights(model: nn.Module, widths: dict[str, dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:

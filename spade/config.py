@@ -66,7 +66,7 @@ class Sampling(FrozenSettings):
 
 # %% ../nbs/repro/32_config.ipynb #c014
 class Photos(FrozenSettings):
-    """Photographs, blur kernels and scales of super-resolution. Folders are relative to the one that holds config/."""
+    """Photographs, blur kernels and scales of super-resolution; folders are relative as in `Data`."""
 
     train: str = ""  # folder; empty: photographs of scikit-image, disjoint from its test photographs
     validation: str = ""  # folder; empty: the last photographs of `train`, which are then not trained on

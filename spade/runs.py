@@ -131,8 +131,7 @@ def acquisition_files(config: Config, data: str = "", progress: bool = True) -> 
 
 # %% ../nbs/repro/33_runs.ipynb #c011
 Splits = dict[str, Any]  # datasets by "train", "val" and "test"
-#: bytes of each split that stay in memory once they were read
-KEPT_BYTES: int = 1 << 30
+KEPT_BYTES: int = 1 << 30  # of each split stay in memory once they were read
 
 
 def slice_datasets(config: Config, run: Run, data: str = "", progress: bool = True) -> Splits:
@@ -179,8 +178,7 @@ def photo_files(photos: Photos, data: str = "") -> dict[str, list[Path]]:
     return {"train": train, "val": val, "test": test}
 
 # %% ../nbs/repro/33_runs.ipynb #c021
-#: different crops of one training
-MOST_CROPS: int = 100_000
+MOST_CROPS: int = 100_000  # different crops of one training
 
 
 def training_of(config: Config, run: Run) -> Training:

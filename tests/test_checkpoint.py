@@ -257,13 +257,13 @@ def test_truncated_file(tmp_path, length):
     save(make("DEQ"), tmp_path / "m")
     file = tmp_path / "m.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match="must be a whole safetensors file, got a truncated or other one"):
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
         load(tmp_path / "m")
 
 
 def test_file_without_a_description(tmp_path):
     save_file({"w": torch.zeros(1)}, str(tmp_path / "m.safetensors"))
-    with pytest.raises(ValueError, match="got a header without the description of a network"):
+    with pytest.raises(ValueError, match="got a header without a description"):
         load(tmp_path / "m")
     torch.save(make("DEQ").state_dict(), tmp_path / "p.safetensors")  # a pickle is never opened
     with pytest.raises(ValueError, match="must be a whole safetensors file"):

@@ -71,7 +71,7 @@ def paper_inputs(
 def photo_inputs(
     shape: tuple[int, int] = (321, 480), scale: int = 3, kernel_size: int = 25, batch_size: int = 1, seed: int = 0
 ) -> tuple[Tensor, BlurDownsample]:
-    """A random measurement of an image of `shape`, whose sides `scale` divides, and its operator, on the CPU."""
+    """A random measurement of an image of `shape`, a multiple of `scale`, and its operator, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     kernel = torch.rand(kernel_size, kernel_size, generator=generator)
     A = BlurDownsample(kernel / kernel.sum(), scale)

@@ -129,7 +129,7 @@ TEST_GAUSSIANS = ((0.7, 0.7, 0), (1.2, 1.2, 0), (1.6, 1.6, 0), (2.0, 2.0, 0)) + 
 
 
 def test_kernels(seed: int = 0, size: int = 25) -> Tensor:
-    """Twelve kernels like the paper's, 8 Gaussians and 4 paths that `seed` decides: float32 `(12, size, size)`."""
+    """Twelve kernels like the paper's, 8 Gaussians and 4 paths from `seed`: float32 `(12, size, size)`."""
     generator = torch.Generator().manual_seed(seed)
     gaussians = [gaussian_kernel(size, (first, second), angle) for first, second, angle in TEST_GAUSSIANS]
     return torch.stack(gaussians + [motion_kernel(size, generator) for _ in range(4)])

@@ -29,7 +29,7 @@ from ..operators import BlurDownsample, as_kernel
 # %% ../../nbs/data/25_photographs.ipynb #c006
 @contextmanager
 def open_photo(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, its pixels unread, for a `with` block; raises with the name of a missing or damaged file."""
+    """An image file for a `with` block, pixels unread; raises with the name of a missing or damaged file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} must be an image file, got {'a folder' if Path(path).is_dir() else 'none'}.")
     try:
@@ -41,7 +41,7 @@ def open_photo(path: str | Path) -> Iterator[Image.Image]:
 
 
 def as_rgb(image: Image.Image, name: str | Path) -> np.ndarray:
-    """The pixels of an image, float32 `(H, W, 3)` in [0, 1]; raises `ValueError` for an unknown intensity range."""
+    """The pixels as float32 `(H, W, 3)` in [0, 1]; raises `ValueError` for an unknown intensity range."""
     if image.mode.startswith(("I", "F")):
         grey = np.asarray(image)
         if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
@@ -71,7 +71,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def find_photos(folder: str | Path) -> list[Path]:
-    """The image files directly inside a folder, sorted by name; raises `FileNotFoundError` if there are none."""
+    """The image files in a folder, sorted by name; raises `FileNotFoundError` if there are none."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} must be a folder, got {'a file' if Path(folder).exists() else 'none'}.")
     is_photo = lambda path: path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
@@ -218,7 +218,7 @@ class Photographs(Dataset):
 
 # %% ../../nbs/data/25_photographs.ipynb #c031
 class Crops(Dataset):
-    """What both datasets of random crops share: item `i`, of one size per scale, is a function of (seed, i)."""
+    """Base of both datasets of random crops: item `i`, of one size per scale, is a function of (seed, i)."""
 
     collate = staticmethod(collate_photos)
 

@@ -48,7 +48,7 @@ def up_level(width: int, next_width: int, num_blocks: int) -> nn.Sequential:
 
 # %% ../../nbs/models/10_usrnet.ipynb #c039
 class ResUNet(nn.Module):
-    """USRNet's prior: a U-Net of residual blocks, additive skips, no biases; 17,010,304 parameters by default."""
+    """USRNet's prior: a U-Net of residual blocks with additive skips; by default 17,010,304 parameters."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ def noise_level(
     sigma: float | Sequence[float] | Tensor,  # one number or one per image, for images in [0, 1]
     y: Tensor,  # real, (B, C, H, W)
 ) -> Tensor:  # (1 or B, 1, 1, 1), dtype and device of `y`
-    """The standard deviation of the noise as a tensor; raises `ValueError` outside [0, 1] or for another batch."""
+    """The noise level as a tensor; raises `ValueError` outside [0, 1] or for another batch."""
     level = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).reshape(-1, 1, 1, 1)
     if len(level) not in (1, len(y)):
         raise ValueError(f"sigma must be one number or one per image of a batch of {len(y)}, got {len(level)} numbers.")
@@ -144,7 +144,7 @@ def noise_level(
 
 # %% ../../nbs/models/10_usrnet.ipynb #c053
 class USRNet(nn.Module):
-    """Deep unfolding for super-resolution with one prior for all iterations, kernels, scales and noise levels.
+    """Deep unfolding for super-resolution, one prior for all iterations, kernels, scales, noise levels.
 
     Section 4.2; called as `model(y, A)` or `model(y, A, sigma)`; 17,016,016 parameters by default.
     """
@@ -216,7 +216,7 @@ class USRNet(nn.Module):
         A: BlurDownsample,  # its operator, `BlurDownsample`
         sigma: float | Sequence[float] | Tensor | None = None,  # noise level, one or (B,); None: `A.noise`
     ) -> Tensor:  # real, (B, 3, h * scale, w * scale), dtype of `y`
-        """The image after the last iteration; raises `TypeError` for an `A` without `proximal`, else `ValueError`."""
+        """The image after the last iteration; raises `TypeError` if `A` has no `proximal`, else `ValueError`."""
         for x in self.iterate(y, A, sigma):
             pass
         return x
@@ -248,7 +248,7 @@ class USRNet(nn.Module):
 
     @classmethod
     def from_published(cls, weights: Mapping[str, Tensor]) -> "USRNet":
-        """The network of a published state dict, sizes inferred; raises `TypeError` for a path, else `ValueError`."""
+        """The network of a published state dict; raises `TypeError` for a path, else `ValueError`."""
         return load_published(cls, weights)
 
 # %% ../../nbs/models/10_usrnet.ipynb #c075
@@ -270,7 +270,7 @@ def load_published(
     cls: type[USRNet],
     weights: Mapping[str, Tensor],  # as `torch.load` returns them
 ) -> USRNet:  # on the CPU
-    """Build the network that published weights describe and load them; raises `ValueError` for other weights."""
+    """The network that published weights describe, with them; raises `ValueError` for other weights."""
     check_weights(weights, "USRNet.from_published")
     expected = "USRNet.from_published expects the weights of USRNet ('p.m_head.weight', ..., 'h.mlp.4.bias')"
     try:

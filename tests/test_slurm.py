@@ -1,4 +1,8 @@
-"""A part of the smoke batch on a real Slurm, of one node on this machine, that the test starts and ends. Skipped where Slurm is not installed (Debian: slurm-wlm and munge) or cannot be started."""
+"""A part of the smoke batch on a real Slurm of one node on this machine, which the test starts and ends.
+
+Skipped where Slurm is not installed (Debian: slurm-wlm and munge) or cannot be started.
+"""
+
 import contextlib
 import json
 import os
@@ -75,21 +79,42 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
         pytest.skip("Slurm's daemons start jobs in a user's name, which only root may")
     folder = tmp_path_factory.mktemp("slurm")
     for part in (folder, folder.parent):
-        part.chmod(0o755)           # munge refuses a socket where others may not look
+        part.chmod(0o755)  # munge refuses a socket where others may not look
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     host = socket.gethostname().split(".")[0]
-    conf = CONF.format(host=host, folder=folder, user="root", controller=free_port(), daemon=free_port(), cpus=os.cpu_count(), memory=psutil.virtual_memory().total // 2**20 - 500)
+    conf = CONF.format(
+        host=host,
+        folder=folder,
+        user="root",
+        controller=free_port(),
+        daemon=free_port(),
+        cpus=os.cpu_count(),
+        memory=psutil.virtual_memory().total // 2**20 - 500,
+    )
     (folder / "slurm.conf").write_text(conf)
-    # Snakemake's plugin empties SLURM_* in its jobs, as a cluster's configuration lies in /etc; here srun must be told again where it is.
+    # Snakemake's plugin empties SLURM_* in its jobs, because a cluster's configuration lies in /etc.
+    # Here srun must get its place again.
     wrapper = folder / "bin" / "srun"
     wrapper.parent.mkdir()
-    wrapper.write_text(f"#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which('srun', path=PATHS)} \"$@\"\n")
+    wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun", path=PATHS)} "$@"\n')
     wrapper.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{wrapper.parent}{os.pathsep}{PATHS}", "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    munge = [f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key", f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"]
+    environment = {
+        **os.environ,
+        "PATH": f"{wrapper.parent}{os.pathsep}{PATHS}",
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    munge = [
+        f"--socket={folder}/munge.socket",
+        f"--key-file={folder}/munge.key",
+        f"--pid-file={folder}/munge.pid",
+        f"--log-file={folder}/munge.log",
+        f"--seed-file={folder}/munge.seed",
+    ]
     commands = (["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"], ["slurmd", "-D", "-N", host])
     with contextlib.ExitStack() as started:
         for command in commands:
@@ -98,36 +123,53 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
             started.callback(process.wait, 20)
             started.callback(process.terminate)
             time.sleep(1)
-        idle = lambda: "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout
+        idle = lambda: (
+            "idle"
+            in subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout
+        )
         if not wait_for(idle):
-            said = "\n".join(f"{path.name}: {path.read_text()[-600:]}" for path in sorted(folder.glob("*.out")) + sorted(folder.glob("*.log")))
+            said = "\n".join(
+                f"{path.name}: {path.read_text()[-600:]}"
+                for path in sorted(folder.glob("*.out")) + sorted(folder.glob("*.log"))
+            )
             pytest.skip(f"Slurm did not start here:\n{said}")
         yield environment
 
 
 def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
-    """A student of the smoke profile's DEQ, with the committed profile for Slurm: acquisitions, coil maps, teacher and student, a job each, and a measurement of time, which has a node of its own.
+    """A student of the smoke configuration, with the committed profile for Slurm: data, coil maps, teacher and student.
 
-    A figure whose notebook fails names notebook, parameters and cell in Slurm's log, and the others go on. The second time that figure alone is left to do.
+    Beside them a figure whose notebook fails, with its notebook, parameters and cell in Slurm's log, and a measurement
+    of time on a node of its own. The second time the figure alone is left to do.
     """
-    for name in ("config", "nbs"):
+    for name in ("config", "nbs", "workflow"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    shutil.copy(ROOT / "Snakefile", tmp_path / "Snakefile")
-    cells = [nbformat.v4.new_code_cell("profile = ''\nout = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("image = open('no such image')")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), tmp_path / "nbs" / "experiments" / "figure_1.ipynb")
+    parameters = "config = out = target = ''\nmade = False"
+    cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    cells.append(nbformat.v4.new_code_cell("image = open('no such image')"))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(notebook, tmp_path / "nbs" / "experiments" / "figure_1.ipynb")
     student = Run("deq", 6, 0.40, "school")
-    folders = [Path("out") / "runs" / run.name for run in (student.teacher, student)]
-    command = [sys.executable, "-m", "snakemake", str(folders[1] / "result.json"), "out/latency/deq.json", "figure_1", "--configfile", "config/smoke.yaml", "--config", "results=out", "--workflow-profile", "config/slurm", "--latency-wait", "20",
-               "--default-resources", "slurm_partition=test", "mem_mb=500", "--set-resources", "latency:mem_mb=1500", "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5", "--seconds-between-status-checks", "3"]
+    targets = [f"out/runs/{student.name}/done", "out/latency/deq.csv", "figure_1"]
+    profile = ["--configfile", "config/smoke.yaml", "--config", "results=out"]
+    profile += ["--workflow-profile", "workflow/profiles/slurm", "--latency-wait", "20", "--retries", "0"]
+    resources = ["--default-resources", "slurm_partition=test", "mem_mb=500", "--set-threads", "latency=1"]
+    resources += ["--set-resources", "latency:mem_mb=1500", "latency:slurm_extra=--exclusive", "--slurm-no-account"]
+    waiting = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"]
+    waiting += ["--seconds-between-status-checks", "3"]
+    command = [sys.executable, "-m", "snakemake", *targets, *profile, *resources, *waiting]
     done = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=900)
-    submitted = re.findall(r"Job \d+ has been submitted with SLURM jobid", done.stdout + done.stderr)
-    assert done.returncode == 1 and len(submitted) == 6, (done.stdout + done.stderr)[-4000:]
+    printed = done.stdout + done.stderr
+    submitted = re.findall(r"Job \d+ has been submitted with SLURM jobid", printed)
+    assert done.returncode == 1 and len(submitted) == 6, printed[-4000:]
     logged = "".join(path.read_text() for path in (tmp_path / ".snakemake" / "slurm_logs").rglob("*.log"))
-    assert "figure_1.ipynb (" in logged and "profile='smoke'" in logged and "cell In [3]: image = open('no such image')" in logged, logged[-2000:]
-    for folder in folders:
-        result = json.loads((tmp_path / folder / "result.json").read_text())
-        assert result["profile"]["name"] == "smoke" and (tmp_path / folder / "network.safetensors").is_file()
-    assert json.loads((tmp_path / "out" / "latency" / "deq.json").read_text())["rows"][0]["milliseconds"] > 0
-    assert result["means"]["deq school psnr"] > 0 and len(list((tmp_path / "data" / "smoke").glob("*.h5"))) == 4
+    assert "papermill nbs/experiments/figure_1.ipynb" in logged and "config: smoke" in logged, logged[-2000:]
+    assert "image = open('no such image')" in logged
+    for run in (student.teacher, student):
+        assert (tmp_path / "out" / "runs" / run.name / "done").is_file()
+        result = json.loads((tmp_path / "out" / "runs" / run.name / "result.json").read_text())
+        assert result["config"]["name"] == "smoke" and result["means"]
+    assert "milliseconds" in (tmp_path / "out" / "latency" / "deq.csv").read_text()
     again = subprocess.run([*command, "-n"], cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=200)
     assert dict(re.findall(r"^(\w+) +(\d+)$", again.stdout + again.stderr, re.M)) == {"figure_1": "1", "total": "1"}

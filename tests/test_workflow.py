@@ -42,7 +42,7 @@ def arguments(out: Path | str, config: str = "smoke", **options: str) -> list[st
 
 
 def snakemake(*what: str) -> str:
-    """What `snakemake` prints, in the present folder. In this process, because importing torch takes most of the time."""
+    """What `snakemake` prints. In this process, because importing torch would take most of the time."""
     from snakemake import cli
 
     logger, handler = logging.getLogger("snakemake.logging"), logging.StreamHandler(io.StringIO())
@@ -127,7 +127,14 @@ def test_a_target_needs_its_own_runs_and_no_others(project):
     found = plan("table_3", *arguments("out"))
     assert found == {"acquisitions": 1, "maps": 1, "pretrain": 2, "finetune": 6, "table_3": 1, "total": 11}
     found = plan("demo_varnet", *arguments("out", acceleration="8"))
-    one = ("acquisitions", "maps", "pretrain", "latency", "demo_varnet", *(f"demo_varnet_{name}" for name in ("table_2", "figure_4", "figure_7")))
+    one = (
+        "acquisitions",
+        "maps",
+        "pretrain",
+        "latency",
+        "demo_varnet",
+        *(f"demo_varnet_{name}" for name in ("table_2", "figure_4", "figure_7")),
+    )
     assert found == {**dict.fromkeys(one, 1), "finetune": 3, "total": 11}
 
 
@@ -161,12 +168,19 @@ def test_a_wrong_configuration_is_refused(project):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
 def test_without_a_gpu_the_gpu_configuration_is_refused_before_anything_is_simulated(project):
     printed = snakemake("table_3", *arguments("out", "gpu"))
-    assert "torch finds no GPU" in printed and printed.endswith("ended with 1") and not (project / "out" / "data").exists()
+    assert (
+        "torch finds no GPU" in printed and printed.endswith("ended with 1") and not (project / "out" / "data").exists()
+    )
 
 
 def test_acquisitions_of_the_user_are_not_taken_for_photographs(project):
-    printed = snakemake("out/runs/usrnet-teacher-seed0/done", "out/runs/deq-R6-teacher-seed0/done", "-n", "-p", *arguments("out"))
-    calls = {name: next(line for line in printed.splitlines() if "papermill" in line and f"network: {name}," in line) for name in ("usrnet", "deq")}
+    printed = snakemake(
+        "out/runs/usrnet-teacher-seed0/done", "out/runs/deq-R6-teacher-seed0/done", "-n", "-p", *arguments("out")
+    )
+    calls = {
+        name: next(line for line in printed.splitlines() if "papermill" in line and f"network: {name}," in line)
+        for name in ("usrnet", "deq")
+    }
     assert "acquisitions" not in calls["usrnet"] and "data: out/acquisitions" in calls["deq"]
 
 
@@ -188,7 +202,13 @@ def edit_config(key: str, value: object, name: str = "smoke") -> None:
 def test_a_change_runs_again_what_depends_on_it_and_nothing_else(project):
     target = ("figure_6", *arguments("out"))
     runs = paper_reports(load_config("smoke"))["figure_6"].runs
-    files = ["data/acquisitions", "data/R6", *(f"runs/{run.name}/done" for run in runs), "figure_6.png", "benchmarks/report/figure_6.tsv"]
+    files = [
+        "data/acquisitions",
+        "data/R6",
+        *(f"runs/{run.name}/done" for run in runs),
+        "figure_6.png",
+        "benchmarks/report/figure_6.tsv",
+    ]
     for number, path in enumerate(Path("out", file) for file in files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -218,7 +238,9 @@ def test_a_change_runs_again_what_depends_on_it_and_nothing_else(project):
 
 def test_results_of_a_clone_are_shown_but_count_as_not_made(project):
     """The committed tables come with a clone; runs and `done` files do not."""
-    shutil.copytree(ROOT / "outputs" / "demo", "outputs/demo", ignore=shutil.ignore_patterns("runs", "data", "benchmarks", "demo_*"))
+    shutil.copytree(
+        ROOT / "outputs" / "demo", "outputs/demo", ignore=shutil.ignore_patterns("runs", "data", "benchmarks", "demo_*")
+    )
     assert len(read_runs("outputs/demo")) and not len(read_runs("outputs/demo", made=True))
     found = plan("table_4", "--configfile", "config/demo.yaml", "--cores", "1")
     assert found["pretrain"] == 1 and found["finetune"] == 12 and found["table_4"] == 1
@@ -255,11 +277,21 @@ def kill_family(process: subprocess.Popen) -> None:
 
 
 def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
-    """SIGKILL of Snakemake, papermill and kernel after some epochs; resumed, teacher and student equal those of a batch without an interruption."""
+    """SIGKILL of Snakemake, papermill and kernel after some epochs; the next batch resumes."""
     edit_config("networks.varnet.pretraining", {"steps": 60, "learning_rate": 1e-3, "checkpoint_every": 4})
     runs = [Run("varnet"), Run("varnet", 6, 0.40, "school")]
-    command = lambda out: [f"{out}/runs/{runs[1].name}/done", "--rerun-incomplete", *arguments(out, acquisitions="acquisitions")]
-    batch = subprocess.Popen([sys.executable, "-m", "snakemake", *command("out")], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = lambda out: [
+        f"{out}/runs/{runs[1].name}/done",
+        "--rerun-incomplete",
+        *arguments(out, acquisitions="acquisitions"),
+    ]
+    batch = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", *command("out")],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     folder = project / "out" / "runs" / runs[0].name
     while not (states := list(folder.glob("state/*/training.safetensors"))):
         assert batch.poll() is None, batch.stderr.read()[-3000:]
@@ -272,7 +304,9 @@ def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
     done = call(*command("out"))
     assert done.returncode == 0 and not states[0].exists(), done.stdout[-3000:]
     curve = pd.read_csv(folder / "curve.csv")
-    assert len(curve) == 60 and curve["seconds"][: len(made)].tolist() == pytest.approx(made, rel=1e-4), "not trained again"
+    assert len(curve) == 60 and curve["seconds"][: len(made)].tolist() == pytest.approx(made, rel=1e-4), (
+        "not trained again"
+    )
     assert call(*command("whole")).returncode == 0
     for run in runs:
         metrics = [pd.read_csv(project / out / "runs" / run.name / "metrics.csv") for out in ("out", "whole")]
@@ -281,7 +315,9 @@ def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
     (folder / "done").unlink()
     result = (folder / "result.json").stat().st_mtime_ns
     assert call(f"out/runs/{runs[0].name}/done", *command("out")[1:]).returncode == 0
-    assert (folder / "done").is_file() and (folder / "result.json").stat().st_mtime_ns == result, "a finished training is kept"
+    assert (folder / "done").is_file() and (folder / "result.json").stat().st_mtime_ns == result, (
+        "a finished training is kept"
+    )
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv is Linux's")
@@ -308,7 +344,11 @@ def test_no_job_outlives_a_killed_snakemake(project):
 def test_measured_jobs_are_summed_by_rule_and_give_the_estimate(tmp_path):
     teacher, student = Run("deq"), Run("deq", 6, 0.40, "school")
     assert "none of them has been measured" in estimate("smoke", str(tmp_path))
-    for rule, job, seconds, memory in (("pretrain", teacher.name, 600, "900.0"), ("finetune", student.name, 60, "700.0"), ("latency", "deq", 120, "-")):
+    for rule, job, seconds, memory in (
+        ("pretrain", teacher.name, 600, "900.0"),
+        ("finetune", student.name, 60, "700.0"),
+        ("latency", "deq", 120, "-"),
+    ):
         path = tmp_path / "benchmarks" / rule / f"{job}.tsv"
         path.parent.mkdir(parents=True)
         path.write_text(f"s\th:m:s\tmax_rss\n{seconds}\t0\t{memory}\n")
@@ -317,10 +357,14 @@ def test_measured_jobs_are_summed_by_rule_and_give_the_estimate(tmp_path):
     assert re.search(r"\| all +\| +3 \| +13 +\| +10 +\| +900 \|", text), text
     shutil.rmtree(tmp_path / "benchmarks")
     count = len(paper_runs(load_config("smoke")))
-    assert f"{count} runs to do, about {5.5 * count:.0f} minutes one after the other (2 measured)" in estimate("smoke", str(tmp_path))
+    assert f"{count} runs to do, about {5.5 * count:.0f} minutes one after the other (2 measured)" in estimate(
+        "smoke", str(tmp_path)
+    )
     (teacher.folder(tmp_path) / "done").parent.mkdir(parents=True)
     (teacher.folder(tmp_path) / "done").touch()
-    assert f"{count - 1} runs to do, about {count - 1} minutes" in estimate("smoke", str(tmp_path)), "from resources.csv"
+    assert f"{count - 1} runs to do, about {count - 1} minutes" in estimate("smoke", str(tmp_path)), (
+        "from resources.csv"
+    )
 
 
 def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
@@ -329,9 +373,16 @@ def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     first = module.own_gpu(["0", "1"], str(tmp_path))
-    script = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], 'torch' in sys.modules, flush=True); sys.stdin.read()"
+    shown = "os.environ['CUDA_VISIBLE_DEVICES'], 'torch' in sys.modules"
+    script = f"import os, sys; print({shown}, flush=True); sys.stdin.read()"
     environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}
-    other = subprocess.Popen([sys.executable, path, sys.executable, "-c", script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, path, sys.executable, "-c", script],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert (first, other.stdout.readline().split()) == ("0", ["1", "False"])
     other.kill()  # the operating system releases the lock
     other.communicate()

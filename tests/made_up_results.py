@@ -29,7 +29,7 @@ def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0, seeds: 
 
 
 def write_photo_run(out: Path, run: Run, psnr: float, before: float | None = None, images: int = 2) -> None:
-    """A run of USRNet: `images` photographs at three scales; before fine-tuning only the first of them was evaluated."""
+    """A run of USRNet: `images` photographs at three scales; before fine-tuning only the first was evaluated."""
     folder, rows = run.folder(out), []
     bicubic = ("bicubic", "", None if run.strategy else 24.0, images)
     for model, strategy, level, count in (

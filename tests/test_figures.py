@@ -1,4 +1,4 @@
-"""Figures from tidy files: missing runs show as missing, files are equal and small, every figure of a notebook is shown."""
+"""Figures from tidy files: missing runs show as missing, files are equal and small, and notebooks show all figures."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,6 @@ from spade.figures import (  # noqa: E402
     MOST_BYTES,
     detail_window,
     evolution,
-    evolutions,
     figure_1,
     figure_2,
     figure_3,
@@ -333,13 +332,13 @@ def test_the_index_calls_complete_what_is_complete(complete):
 
 def test_figure_2_needs_no_device_without_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "use_device", lambda config: pytest.fail("no weights are stored"))
-    assert evolutions(load_config("gpu"), tmp_path).empty
+    assert write_evolution(load_config("gpu"), tmp_path).empty
 
 
 def test_a_stored_evolution_stays_without_weights(tmp_path):
     path = write_table_file(tmp_path / "evolution.csv.gz", pd.DataFrame({"network": ["deq"]}))
     before = path.read_bytes()
-    assert write_evolution(load_config("smoke"), tmp_path) is None and path.read_bytes() == before
+    assert write_evolution(load_config("smoke"), tmp_path).empty and path.read_bytes() == before
 
 
 def test_figure_2_gives_the_folder_of_acquisitions_to_csmri_only(tmp_path, monkeypatch):
@@ -352,7 +351,7 @@ def test_figure_2_gives_the_folder_of_acquisitions_to_csmri_only(tmp_path, monke
     monkeypatch.setattr(figures, "load_teacher", lambda path: torch.nn.Identity())
     monkeypatch.setattr(figures, "move", lambda batch, device: batch)
     monkeypatch.setattr(figures, "evolution", lambda *_: pd.DataFrame({"ratio": [0.0]}))
-    assert set(evolutions(config, tmp_path, data="acquisitions")["network"]) == {"deq", "usrnet"}
+    assert set(write_evolution(config, tmp_path, data="acquisitions")["network"]) == {"deq", "usrnet"}
     assert given == {"deq": "acquisitions", "usrnet": ""}
 
 

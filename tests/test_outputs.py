@@ -72,12 +72,10 @@ def test_the_readmes_numbers_are_those_of_the_demo():
         for name in ("supervised", "school")
         for whose in ("", " (paper)")
     }
-    expected = [f"*supervised* fine-tuning loses {lost['supervised']:.1f} % of the teacher's PSNR"]
+    expected = [f"*supervised* loses {lost['supervised']:.1f} % of the teacher's PSNR"]
     expected += [f"*school* {lost['school']:.1f} %"]
     expected += [f"(the paper: {lost['supervised (paper)']:.1f} % and {lost['school (paper)']:.1f} %)"]
     expected += [f"runs {table.loc['65 %', 'Speed-up']:.1f} times faster on two CPU threads"]
-    worst = min(pd.read_csv(DEMO / f"table_{number}.csv")["PSNR kept %"].min() for number in (4, 6))
-    expected += [f"within {100 - worst:.1f} % of its teacher at every ratio"]
     assert [sentence for sentence in expected if sentence not in text] == []
 
 
@@ -123,7 +121,7 @@ def test_pruning_beats_the_random_start_under_the_same_budget(network):
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_photographs_by_school(scale):
-    """The teacher beats bicubic interpolation by far; students keep 97 % at 35 % and recover 80 % of the loss at 65 %."""
+    """The teacher beats bicubic interpolation; students keep 97 % at 35 % and recover 80 % of the loss at 65 %."""
     unpruned = mean_psnr("usrnet", scale=scale)
     assert unpruned >= mean_psnr("bicubic", scale=scale) + 1.5
     assert mean_psnr("usrnet", 0.20, "school", scale=scale) >= 0.97 * unpruned

@@ -1,4 +1,4 @@
-"""Tidy files and tables: missing runs show as missing, files are whole, the committed files give the committed tables."""
+"""Tidy files and tables: missing runs show as missing; the committed files give the committed tables."""
 
 import shutil
 from dataclasses import replace
@@ -43,7 +43,7 @@ def out(tmp_path) -> Path:
 
 @pytest.fixture
 def three_seeds(tmp_path) -> Path:
-    """VarNet's teacher and *supervised* at 65 %, pruned and random start, for three seeds; the students lose 1, 1 and 4 dB."""
+    """VarNet's teacher and *supervised* at 65 %, both starts, for three seeds; the students lose 1, 1 and 4 dB."""
     for seed, lost in enumerate((1.0, 1.0, 4.0)):
         levels = {
             Run("varnet", seed=seed): 40.0,

@@ -216,7 +216,7 @@ def unlink_untied(graph: ChannelGraph) -> None:
             before, output = function.next_functions[0]
             rank = len(before._input_metadata[output].shape)
             dims = function._saved_dim if isinstance(function._saved_dim, tuple) else (function._saved_dim,)
-            if rank > 3 and 1 in dims or 1 - rank + 2**64 in dims:  # autograd stores dimensions without sign
+            if rank > 3 and (1 in dims or 1 - rank + 2**64 in dims):  # autograd stores dimensions without sign
                 unlink(node, node.inputs)
 
 
@@ -431,7 +431,7 @@ def check_student(
         expected = outputs if zeroed is None else outputs_of(zeroed, example)
     if [t.shape for t in outputs] != shapes:
         raise ValueError(f"its output changes from {list(map(tuple, shapes))} to {[tuple(t.shape) for t in outputs]}")
-    for a, b in ((a, b) for a, b in zip(outputs, expected) if b.is_floating_point() or b.is_complex()):
+    for a, b in [(a, b) for a, b in zip(outputs, expected) if b.numel() and (b.is_floating_point() or b.is_complex())]:
         difference, scale = (a - b).abs().amax().item(), b.abs().amax().item()
         if not difference <= max(1e-4, 8 * torch.finfo(b.dtype).eps) * scale:
             relative = difference / max(scale, 1e-30)
@@ -508,8 +508,9 @@ def prune_prior(
         shapes = [t.shape for t in outputs_of(module, example)]
     plans, kept = plan_groups(module, example, ignored_layers, ratio, only)
     if not plans:
-        bare = [n for n, p in module.named_parameters() if "." not in n]
-        raise ValueError(f"no layer can be cut: {kept or f'its weights are bare parameters, {bare}'}")
+        bare = ", ".join(name for name, _ in module.named_parameters() if "." not in name)
+        listed = "; ".join(f"{name!r} is {why}" for name, why in kept.items())
+        raise ValueError(f"no layer can be cut: {listed or f'its weights are bare parameters ({bare})'}")
     groups = [record(plan, prefix) for plan in plans]
     if zeroed is not None:
         zero_filters(zeroed, plans)
@@ -532,8 +533,9 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     for path, value in [(names[m] + key, v) for m in layers for key, v in vars(m).items() if key not in known]:
         memo.update({id(t): t.detach().clone() for t in tensors_of(value) if not t.is_leaf})
         for function in value if isinstance(value, (list, tuple)) else [value]:
-            cells = function.__closure__ or () if isinstance(function, FunctionType) else ()
-            if any(isinstance(c.cell_contents, nn.Module) and c.cell_contents in names for c in cells):
+            enclosed = [c.cell_contents for c in getattr(function, "__closure__", None) or ()]
+            enclosed += getattr(function, "__defaults__", None) or ()
+            if isinstance(function, FunctionType) and any(getattr(v, "__self__", v) in names for v in enclosed):
                 reason = "a function that encloses a layer: the copy would call the original; make it a method"
                 raise ValueError(f"{path!r} of {type(model).__name__} must not be {reason}.")
         try:
@@ -562,19 +564,13 @@ def explain(cnn: nn.Module, example: tuple | dict, ignored: list[nn.Module], rat
     while isinstance(why, str) and not isinstance(found := attempt(layer_groups), str) and time.monotonic() < deadline:
         roots = [found[1][group[0].dep.target.module] for group in found[2]]
         failed = {root: attempt(prune_prior, ratio, "", check, root) for root in roots if time.monotonic() < deadline}
-        new = {root: why for root, why in failed.items() if isinstance(why, str)}
-        reasons |= new
-        if not new:
+        if not (new := {root: text for root, text in failed.items() if isinstance(text, str)}):
             break
+        reasons |= new
         why = attempt(prune_prior, ratio, "", check)
     listed = "; ".join(f"layer {name!r}: {text}" for name, text in reasons.items())
-    return (
-        f"{listed or first}; {why}"
-        if reasons and isinstance(why, str)
-        else f"{listed}; add {', '.join(map(repr, reasons))} to ignored_layers"
-        if reasons
-        else first
-    )
+    advice = why if isinstance(why, str) else f"add {', '.join(map(repr, reasons))} to ignored_layers"
+    return f"{listed}; {advice}" if reasons else first
 
 # %% ../nbs/06_pruning.ipynb #c064
 Prior = tuple[nn.Module, Any, Any]  # (cnn, example: a tensor, tuple or dictionary, ignored_layers: a layer or a list)
@@ -642,10 +638,10 @@ def list_priors(
 # %% ../nbs/06_pruning.ipynb #c069
 def check_shared(teacher: nn.Module, student: nn.Module) -> None:
     """Raise `ValueError` if two names of one parameter of the teacher became two parameters."""
-    names: dict[int, str] = {}
+    names, after = dict[int, str](), dict(student.named_parameters(remove_duplicate=False))
     for name, parameter in teacher.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
-        if student.get_parameter(first) is not student.get_parameter(name):
+        if name in after and after[name] is not after.get(first):
             advice = "use one layer twice, or add both to ignored_layers"
             raise ValueError(f"{name!r} and {first!r} are one parameter of two layers; {advice}.")
 

@@ -226,10 +226,10 @@ def test_a_hidden_norm_is_refused_and_the_advice_works():
 def test_nothing_to_prune():
     f = lambda net, x: x + F.conv2d(F.relu(F.conv2d(x, net.d, padding=1)), net.g, padding=1)
     net = Net(f, d=nn.Parameter(torch.randn(N, 1, 3, 3)), g=nn.Parameter(torch.randn(1, N, 3, 3)))
-    with pytest.raises(ValueError, match=r"no layer can be cut: its weights are bare parameters, \['d', 'g'\]"):
+    with pytest.raises(ValueError, match=r"no layer can be cut: its weights are bare parameters \(d, g\)"):
         prune(net, 0.40, [(net, image(), [])])
     chain = nn.Sequential(conv(1, 8), nn.ReLU(), conv(8, 1))
-    with pytest.raises(ValueError, match="no layer can be cut: .*'0': 'in ignored_layers'"):
+    with pytest.raises(ValueError, match="no layer can be cut: '0' is in ignored_layers; '2' is in ignored_layers"):
         prune(chain, 0.40, [(chain, image(), [chain])])
 
 
@@ -330,6 +330,9 @@ def test_a_function_that_encloses_a_layer_is_refused():
             return self.denoise(y)
 
     net = Closed()
+    with pytest.raises(ValueError, match="'denoise' of Closed must not be a function that encloses a layer"):
+        prune(net, 0.25, [(net.cnn, image(), [net.cnn[2]])])
+    net.denoise = lambda x, f=net.cnn.forward: f(x)
     with pytest.raises(ValueError, match="'denoise' of Closed must not be a function that encloses a layer"):
         prune(net, 0.25, [(net.cnn, image(), [net.cnn[2]])])
     net.denoise = net.cnn.forward  # a method is copied with its object

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MRI_TARGETS', 'SHOWN', 'students', 'block', 'run_parameters', 'Report', 'mri_reports', 'photo_reports',
-           'paper_reports', 'demo_reports', 'paper_runs', 'report_key', 'prepare', 'data_key', 'read_resources',
-           'write_resources', 'estimate', 'write_summary']
+           'paper_reports', 'demo_reports', 'paper_runs', 'report_key', 'read_resources', 'write_resources', 'estimate']
 
 # %% ../nbs/repro/36_workflow.ipynb #c003
 from collections.abc import Iterable, Sequence
@@ -17,12 +16,11 @@ import pandas as pd
 
 from .basics import choose, content_key
 from .config import PHOTO_NETWORKS, Config, load_config
-from .data.phantom import VERSION
-from .figures import EVOLVING, write_index
+from .figures import EVOLVING
 from .files import atomic_write, project_root, resolve
 from .paper import TABLE_ACCELERATION
-from .runs import Run, acquisition_files, code_cells, shipped_teacher, slice_datasets, use_device, without_comments
-from .tables import MRI_NETWORKS, collect
+from .runs import Run, code_cells, shipped_teacher, without_comments
+from .tables import MRI_NETWORKS
 
 # %% ../nbs/repro/36_workflow.ipynb #c005
 def students(config: Config, network: str, acceleration: int) -> list[Run]:
@@ -138,21 +136,6 @@ def report_key(report: Report) -> str:
     return content_key(code_cells(report.notebook), [without_comments(module) for module in modules], report.parameters)
 
 # %% ../nbs/repro/36_workflow.ipynb #c033
-def prepare(config: Config, data: str = "", acceleration: int = 0) -> None:
-    """Simulate the missing acquisitions; with an acceleration, also estimate the missing coil maps."""
-    use_device(config)
-    acquisition_files(config, data)
-    if acceleration:
-        run = Run(next(name for name in MRI_NETWORKS if name in config.networks), acceleration)
-        for part in slice_datasets(config, run, data).values():
-            part.prepare()
-
-# %% ../nbs/repro/36_workflow.ipynb #c034
-def data_key(config: Config) -> str:
-    """Hash of the settings and the code version of the simulated acquisitions, and of the sampling."""
-    return content_key(config.data.model_dump_json() if config.data else "", config.sampling.model_dump_json(), VERSION)
-
-# %% ../nbs/repro/36_workflow.ipynb #c036
 def read_resources(out: Path) -> pd.DataFrame:
     """Wall time and peak memory of each job: Snakemake's measurements, else those of resources.csv."""
     columns = ["rule", "job", "wall (min)", "peak memory (MB)"]
@@ -163,7 +146,7 @@ def read_resources(out: Path) -> pd.DataFrame:
     table = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
     return table.drop_duplicates(["rule", "job"], keep="last").sort_values(["rule", "job"], ignore_index=True)
 
-# %% ../nbs/repro/36_workflow.ipynb #c037
+# %% ../nbs/repro/36_workflow.ipynb #c034
 def write_resources(out: Path) -> None:
     """Write resources.csv, a row per job, and resources.md, a row per rule."""
     jobs = read_resources(out)
@@ -174,7 +157,7 @@ def write_resources(out: Path) -> None:
     text = f"{table}\n\nWall time and largest main memory by rule. Each job: resources.csv.\n"
     atomic_write(out / "resources.md", lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/repro/36_workflow.ipynb #c038
+# %% ../nbs/repro/36_workflow.ipynb #c035
 def estimate(name: str, out: str = "") -> str:
     """The runs of a configuration to do and their expected time, if some have been measured, as one sentence."""
     config, folder = load_config(name), resolve(out or f"outputs/{name}")
@@ -184,10 +167,3 @@ def estimate(name: str, out: str = "") -> str:
         return f"{name}: {len(to_do)} runs to do; none of them has been measured."
     minutes = known.mean() * len(to_do)
     return f"{name}: {len(to_do)} runs to do, about {minutes:.0f} minutes one after the other ({len(known)} measured)."
-
-# %% ../nbs/repro/36_workflow.ipynb #c039
-def write_summary(config: Config, out: str) -> None:
-    """Collect all results of a batch into its tidy files, and write its page and its resources."""
-    collect(out, paper_runs(config))
-    write_resources(resolve(out))
-    write_index(out, made=True)

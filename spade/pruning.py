@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'PRUNABLE', 'NORM_LAYERS', 'TIME_LIMIT', 'REORDERING', 'Prior', 'Member', 'ready_to_trace',
-           'tensors_of', 'outputs_of', 'ChannelGraph', 'members_of', 'filter_axis', 'filter_l1', 'group_l1',
-           'width_after', 'ChannelMap', 'read_channels', 'read_inputs', 'unlink', 'unlink_untied', 'link',
+           'tensors_of', 'outputs_of', 'SlowSearch', 'ChannelGraph', 'members_of', 'filter_axis', 'filter_l1',
+           'group_l1', 'width_after', 'ChannelMap', 'read_channels', 'read_inputs', 'unlink', 'unlink_untied', 'link',
            'map_channels', 'Plan', 'tied_units', 'check_members', 'plan_group', 'even_group_norms', 'layer_groups',
            'plan_groups', 'kept_layers', 'cut_groups', 'zero_filters', 'check_student', 'first_line',
            'fold_weight_norms', 'LayerGroup', 'record', 'prune_prior', 'copy_model', 'explain', 'as_triple', 'adapted',
@@ -38,7 +38,7 @@ from .basics import evaluating, own_randomness, seeded
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRUNABLE = CONVOLUTIONS + (nn.Linear,)  # the layers whose outputs define the groups
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)  # pruned with their input
-TIME_LIMIT = 60.0  # seconds for the layer groups of one CNN
+TIME_LIMIT = 60.0  # seconds of computing for the layer groups of one CNN
 
 # %% ../nbs/06_pruning.ipynb #c010
 @dataclass(frozen=True)
@@ -89,22 +89,30 @@ def outputs_of(module: nn.Module, example: tuple | dict) -> list[Tensor]:
         return tensors_of(module(**example) if isinstance(example, dict) else module(*example))
 
 # %% ../nbs/06_pruning.ipynb #c015
+class SlowSearch(ValueError):
+    """The layer groups of a CNN were not found within `TIME_LIMIT`."""
+
+
 class ChannelGraph(tp.DependencyGraph):
-    """Torch-Pruning's graph of one CNN; raises `TimeoutError` where its search would take hours."""
+    """Torch-Pruning's graph of one CNN; raises `SlowSearch` where its search would take hours."""
 
     def __init__(self, module: nn.Module, example: tuple | dict):
         super().__init__()
-        self.deadline = time.monotonic() + TIME_LIMIT
+        self.deadline = time.process_time() + TIME_LIMIT
         self.functions: dict[Any, Any] = {}
         single = [m for m in module.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]
         forward = lambda m, e: [t for t in outputs_of(m, e) if t.grad_fn is not None]
         self.build_dependency(module, example, forward, ignored_layers=single, verbose=False)
 
+    def in_time(self, idxs: Any) -> Any:
+        """Called at each step of the search, as the identity map of an edge."""
+        if time.process_time() > self.deadline:
+            raise SlowSearch(f"its layer groups were not found within {TIME_LIMIT:g} s; name smaller CNNs in priors")
+        return idxs
+
     def get_pruner_of_module(self, module: Any) -> Any:
-        """Called at each step of the search."""
-        if time.monotonic() > self.deadline:
-            raise TimeoutError(f"no result within {TIME_LIMIT:g} s")
-        return super().get_pruner_of_module(module)
+        """Called while shapes are inferred."""
+        return super().get_pruner_of_module(self.in_time(module))
 
     def _trace_computational_graph(
         self, nodes: dict, output: Tensor, functions: dict, *others: Any, **more: Any
@@ -235,7 +243,7 @@ def map_channels(graph: ChannelGraph) -> None:
     """Give each edge of the graph the true map of its channels: at splits, concatenations and reorderings."""
     nodes = {function: graph.module2node[m] for function, m in graph.functions.items() if m in graph.module2node}
     for dep in [dep for node in graph.module2node.values() for dep in node.dependencies]:
-        dep.index_mapping = [None, None, None]
+        dep.index_mapping = [graph.in_time, None, None]
     for function, node in nodes.items():
         if node.module in graph._module2name:  # a layer or a parameter, not an operation
             continue
@@ -350,6 +358,8 @@ def layer_groups(
             unlink_untied(graph)
             map_channels(graph)
             groups = list(graph.get_all_groups(ignored_layers=list(ignored_layers), root_module_types=list(PRUNABLE)))
+    except SlowSearch:
+        raise
     except Exception as error:
         raise ValueError(
             f"its layer groups cannot be found ({first_line(error)}); name other CNNs in priors"
@@ -440,7 +450,7 @@ def check_student(
 
 def first_line(error: BaseException) -> str:
     """Type and first line of an error."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0].rstrip('.')}"
 
 # %% ../nbs/06_pruning.ipynb #c053
 def fold_weight_norms(module: nn.Module) -> list[Callable[[], object]]:
@@ -549,7 +559,7 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
 # %% ../nbs/06_pruning.ipynb #c061
 def explain(cnn: nn.Module, example: tuple | dict, ignored: list[nn.Module], ratio: float, check: bool) -> str:
     """Why a CNN cannot be pruned as it is, and the layers with which in `ignored_layers` it can."""
-    deadline, reasons = time.monotonic() + TIME_LIMIT, dict[str, str]()
+    deadline, reasons = time.process_time() + TIME_LIMIT, dict[str, str]()
 
     def attempt(function: Callable, *settings: Any) -> Any:
         trial, copies = copy_model(cnn)
@@ -561,9 +571,13 @@ def explain(cnn: nn.Module, example: tuple | dict, ignored: list[nn.Module], rat
             return str(error)
 
     first = why = attempt(prune_prior, ratio, "", check)
-    while isinstance(why, str) and not isinstance(found := attempt(layer_groups), str) and time.monotonic() < deadline:
+    while (
+        isinstance(why, str) and not isinstance(found := attempt(layer_groups), str) and time.process_time() < deadline
+    ):
         roots = [found[1][group[0].dep.target.module] for group in found[2]]
-        failed = {root: attempt(prune_prior, ratio, "", check, root) for root in roots if time.monotonic() < deadline}
+        failed = {
+            root: attempt(prune_prior, ratio, "", check, root) for root in roots if time.process_time() < deadline
+        }
         if not (new := {root: text for root, text in failed.items() if isinstance(text, str)}):
             break
         reasons |= new
@@ -700,7 +714,7 @@ def prune(
     teacher: nn.Module,  # not modified
     ratio: float,  # pre-defined ratio in (0, 1); the paper's are 0.05, 0.10, 0.20, 0.40
     priors: Iterable[Prior] | None = None,  # for a foreign model: its CNNs; default `teacher.priors()`
-    check: bool = True,  # compare with zeroed filters; costs a copy and three forward passes of each CNN
+    check: bool = True,  # compare with zeroed filters; costs a copy and one forward pass of each CNN
 ) -> nn.Module:  # a pruned deep copy with a `pruning_report`
     """SPADE's pruning (Section 3): one shot, uniform over the layer groups, ranked inside each by eq. 6.
 
@@ -715,13 +729,17 @@ def prune(
     for name, original, example, ignored in found:
         cnn, prefix = copies[id(original)], f"{name}." if name else ""
         args, keywords = ((), example) if isinstance(example, dict) else (example, {})
-        report.macs_before += count_macs(cnn, *args, **keywords)
+        label = name or type(original).__name__
+        try:
+            report.macs_before += count_macs(cnn, *args, **keywords)
+        except Exception as error:
+            raise ValueError(f"{label} must run with its example, got {first_line(error)}.") from error
         try:
             groups, kept = prune_prior(cnn, example, [copies[id(m)] for m in ignored], ratio, prefix, check)
         except ValueError as error:
             check_shared(teacher, student)
-            why = explain(original, example, ignored, ratio, check)
-            raise ValueError(f"{name or type(original).__name__} cannot be pruned as it is: {why}.") from error
+            why = str(error) if isinstance(error, SlowSearch) else explain(original, example, ignored, ratio, check)
+            raise ValueError(f"{label} cannot be pruned as it is: {why}.") from error
         report.groups += groups
         report.kept |= kept
         report.macs_after += count_macs(cnn, *args, **keywords)

@@ -360,10 +360,14 @@ def test_priors_that_are_modules_are_no_method():
 def test_a_time_limit_ends_the_search(monkeypatch):
     monkeypatch.setattr(pruning, "TIME_LIMIT", 0.0)
     net = nn.Sequential(conv(1, 8), nn.ReLU(), conv(8, 1))
-    with pytest.raises(
-        ValueError, match="its layer groups cannot be found .TimeoutError: no result within 0 s.; name other"
-    ):
+    with pytest.raises(ValueError, match="its layer groups were not found within 0 s; name smaller CNNs in priors"):
         prune(net, 0.25, [(net, image(), [net[2]])])
+
+
+def test_an_example_that_does_not_fit():
+    net = nn.Sequential(conv(1, 8), nn.ReLU(), conv(8, 1))
+    with pytest.raises(ValueError, match="Sequential must run with its example, got RuntimeError: Given groups=1"):
+        prune(net, 0.25, [(net, image(3), [net[2]])])
 
 
 def test_the_report_is_short_and_says_what_stayed():

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PAGE', 'Style', 'MOST_BYTES', 'INK', 'COLORS', 'STEPS', 'STRATEGY_CARDS', 'EVOLVING', 'TEXT', 'FRAME', 'Window',
            'UNLEARNT', 'Cell', 'DRAWN', 'PICTURED', 'LOST', 'SLICE', 'SHOWN', 'CONTENTS', 'print_style', 'panels',
-           'write_figure', 'draw_card', 'draw_filters', 'draw_arrow', 'draw_pruning', 'figure_1', 'median_clock',
-           'evolution', 'image_psnr', 'stored_networks', 'write_evolution', 'figure_2', 'lost_over_seeds',
-           'paper_seeds', 'figure_3', 'inner_part', 'detail_window', 'write_scores', 'white_level', 'draw_frame',
-           'show_slice', 'error_map', 'error_limit', 'show_error', 'error_bar', 'reference_pictures', 'slice_rows',
-           'figure_7', 'photo_rows', 'draw_photo', 'figure_5', 'figure_steps', 'figure_caption', 'whole_table',
-           'table_gaps', 'gaps_of', 'made_on', 'index_page', 'write_index']
+           'with_fixed_layout', 'write_figure', 'draw_card', 'draw_filters', 'draw_arrow', 'draw_pruning', 'figure_1',
+           'median_clock', 'evolution', 'image_psnr', 'stored_networks', 'write_evolution', 'figure_2',
+           'lost_over_seeds', 'paper_seeds', 'figure_3', 'inner_part', 'detail_window', 'write_scores', 'white_level',
+           'draw_frame', 'show_slice', 'error_map', 'error_limit', 'show_error', 'error_bar', 'reference_pictures',
+           'slice_rows', 'figure_7', 'photo_rows', 'draw_photo', 'figure_5', 'figure_steps', 'figure_caption',
+           'whole_table', 'table_gaps', 'gaps_of', 'made_on', 'index_page', 'write_index']
 
 # %% ../nbs/repro/35_figures.ipynb #c003
 from collections.abc import Iterable, Iterator
@@ -68,6 +68,13 @@ def panels(rows: int, columns: int, height: float, sharey: bool = False) -> tupl
     figure.set_layout_engine("constrained", **padding)
     return figure, axes
 
+
+def with_fixed_layout(figure: Figure) -> Figure:
+    """Lay a figure out once; each drawing would do it again, and a displayed figure would be stored differently."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
 # %% ../nbs/repro/35_figures.ipynb #c008
 #: most bytes of a committed figure
 MOST_BYTES: int = 200_000
@@ -78,7 +85,7 @@ def write_figure(figure: Figure, path: str | Path) -> Path:
     photos = any(np.asanyarray(image.get_array()).ndim == 3 for image in figure.findobj(AxesImage))
 
     def write(part: Path) -> None:
-        for dpi in (200, 160, 110, 80, 60):
+        for dpi in (200, 160, 130, 100, 80, 60):
             figure.savefig(part, format="png", dpi=dpi)
             shown = Image.open(part).convert("RGB")
             shown = shown if photos else shown.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
@@ -165,7 +172,7 @@ def figure_1() -> Figure:
         draw_arrow(axis, (left + 1.8, 2.72), (left + 1.8, 2.42))
         axis.text(left + 1.8, 0.42, formula, ha="center", va="center", fontsize=8)
         axis.plot([left + 0.3, left + 3.3], [1.99, 1.99], color=COLORS[strategy], linewidth=2)
-    return figure
+    return with_fixed_layout(figure)
 
 # %% ../nbs/repro/35_figures.ipynb #c019
 def median_clock(turns: list[list[float]]) -> np.ndarray:
@@ -264,7 +271,7 @@ def figure_2(evolution: pd.DataFrame) -> Figure:
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(NAMED_RATIO), frameon=False, columnspacing=1.2)
     sns.despine(figure)
-    return figure
+    return with_fixed_layout(figure)
 
 # %% ../nbs/repro/35_figures.ipynb #c028
 def lost_over_seeds(seeds: pd.DataFrame, network: str, acceleration: int, strategy: str) -> pd.DataFrame:
@@ -309,7 +316,7 @@ def figure_3(results: Results, networks: Iterable[str] = MRI_NETWORKS, accelerat
     columns = len(handles) if len(networks) > 1 else 2
     figure.legend(handles, [*labels, "paper (hollow)"], loc="outside lower center", ncols=columns, frameon=False)
     sns.despine(figure)
-    return figure
+    return with_fixed_layout(figure)
 
 # %% ../nbs/repro/35_figures.ipynb #c034
 #: size in points of the text in pictures
@@ -450,7 +457,7 @@ def figure_7(results: Results, network: str = "varnet", acceleration: int = 6, s
                 show_error(error_axis, image, truth, limit)
     label = f"error\n(white: {white_level(truth):.2g})"
     error_bar(axes[0, 1].inset_axes((0.1, 0.1, 0.08, 0.8)), label, limit, "vertical")
-    return figure
+    return with_fixed_layout(figure)
 
 # %% ../nbs/repro/35_figures.ipynb #c044
 def photo_rows(results: Results, strategy: str = "school", seed: int = 0) -> list[list[Cell]]:
@@ -495,7 +502,7 @@ def figure_5(results: Results, strategy: str = "school", seed: int = 0) -> Figur
     figure, axes = panels(2 * len(rows), columns, len(rows) * (2 * PAGE / columns + 0.2))
     for row, above, below in zip(rows, axes[::2], axes[1::2]):
         draw_photo(row, np.array([above, below]))
-    return figure
+    return with_fixed_layout(figure)
 
 # %% ../nbs/repro/35_figures.ipynb #c048
 @print_style()
@@ -519,7 +526,7 @@ def figure_steps(results: Results, seed: int = 0) -> Figure:
     axes[0][0].set_ylabel("validation PSNR (dB)")
     axes[0][-1].legend(frameon=False)
     sns.despine(figure)
-    return figure
+    return with_fixed_layout(figure)
 
 # %% ../nbs/repro/35_figures.ipynb #c052
 #: figure -> acceleration of the table that it draws, or network whose pictures it shows

@@ -108,9 +108,14 @@ def test_committed_figures_are_small():
     assert all(path.stat().st_size <= MOST_BYTES for path in OUTPUTS.glob("*/*.png"))
 
 
-def test_equal_figures_are_equal_files(out, tmp_path):
-    first, second = (write_figure(figure_3(made(out), ["varnet"]), tmp_path / name) for name in "ab")
-    assert first.read_bytes() == second.read_bytes()
+@pytest.mark.parametrize("draw", [lambda results: figure_3(results, ["varnet"]), figure_7, figure_5])
+def test_equal_figures_are_equal_files(draw, photo_out, tmp_path):
+    """Also where the figure was displayed before, which lays it out at another resolution."""
+    first = write_figure(draw(made(photo_out)), tmp_path / "a")
+    displayed = draw(made(photo_out))
+    for dpi in (72, 100):
+        displayed.savefig(tmp_path / "display.png", dpi=dpi)
+    assert write_figure(displayed, tmp_path / "b").read_bytes() == first.read_bytes()
 
 
 def test_all_figures_of_a_notebook_are_shown(tmp_path):

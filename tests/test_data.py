@@ -340,9 +340,9 @@ def test_folders_without_files(files, tmp_path):
     with pytest.raises(FileNotFoundError, match="no HDF5 file"):
         find_files(tmp_path)
     assert find_files(files[0].parent) == files
-    with pytest.raises(FileNotFoundError, match="no HDF5 file of 3 .* has acquisition 'AXT1', got 'AXT2'"):
+    with pytest.raises(FileNotFoundError, match="no HDF5 file of 3, the first .*, has acquisition 'AXT1', got 'AXT2'"):
         find_files(files[0].parent, "AXT1")
-    with pytest.raises(ValueError, match="no file of 3 has acquisition 'AXT1', got 'AXT2'"):
+    with pytest.raises(ValueError, match="no HDF5 file of 3, the first .*, has acquisition 'AXT1', got 'AXT2'"):
         MultiCoilSlices(files, acquisition="AXT1")
 
 
@@ -382,11 +382,7 @@ def test_attributes_stored_as_bytes_are_text(files, tmp_path):
     [
         (dict(acceleration=0), ValueError, "acceleration must be a whole number from 1 to the width 72, got 0"),
         (dict(acs_fraction=10), ValueError, "acs_fraction must lie between 0 and 1 .*, got 10"),
-        (
-            dict(acceleration=16, exact=True),
-            ValueError,
-            "acceleration must allow the 7 ACS lines at an exact rate, got 16",
-        ),
+        (dict(acceleration=16, exact=True), ValueError, "acceleration must allow the 7 ACS lines.*, got 16"),
         (
             dict(espirit_settings={"treshold": 0.1}),
             ValueError,

@@ -180,7 +180,7 @@ def test_the_simulator_makes_a_damaged_file_of_its_own_again(tmp_path):
 def test_a_flipped_bit_of_the_cache_is_noticed(acquisition, tmp_path):
     dataset = MultiCoilSlices([acquisition], maps_folder=tmp_path)
     maps = dataset[0]["maps"]
-    file = next(tmp_path.glob("*.npy"))
+    file = next(tmp_path.glob("*.maps"))
     good = file.read_bytes()
     for number in range(FLIPS):
         file.write_bytes(good)

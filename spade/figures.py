@@ -70,7 +70,7 @@ def panels(rows: int, columns: int, height: float, sharey: bool = False) -> tupl
 
 
 def with_fixed_layout(figure: Figure) -> Figure:
-    """Lay a figure out once; each drawing would do it again, and a displayed figure would be stored differently."""
+    """Lay a figure out once; each drawing would do it again, by its resolution."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure

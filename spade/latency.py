@@ -90,24 +90,20 @@ def check_tolerances(models: dict[str, Callable]) -> None:
 # %% ../nbs/12_latency.ipynb #c028
 def quartiles(seconds: dict[str, list[float]]) -> pd.DataFrame:
     """Median and quartiles of each list of seconds, and the speed-up against the first."""
-    rows = {name: pd.Series(s).quantile([0.5, 0.25, 0.75]).to_list() for name, s in seconds.items()}
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["seconds", "lower_quartile", "upper_quartile"])
+    frame = pd.DataFrame(seconds).quantile([0.5, 0.25, 0.75]).T
+    frame.columns = ["seconds", "lower_quartile", "upper_quartile"]
     return frame.assign(speed_up=frame["seconds"].iloc[0] / frame["seconds"]).rename_axis("model")
 
 # %% ../nbs/12_latency.ipynb #c032
 def measure_latency(
-    models: dict[str, Callable],  # by name; the others are compared with the first
-    y: Tensor,  # a measurement on the device to measure on
-    A: nn.Module,  # its operator
-    repeats: int = 10,
-    warmup: int = 2,  # calls of each model that are not counted
-    threads: int | None = None,  # CPU threads; default: torch's present number
-) -> pd.DataFrame:  # seconds (median), lower_quartile, upper_quartile, speed_up, iterations; `.attrs["measured_on"]`
-    """Time `model(y, A)` of several models, which take turns; one row per model."""
-    if not models or repeats < 1 or warmup < 0:
-        raise ValueError(
-            f"models, repeats and warmup must be at least 1, 1 and 0, got {len(models)}, {repeats}, {warmup}."
-        )
+    models: dict[str, Callable], y: Tensor, A: nn.Module, repeats: int = 10, warmup: int = 2, threads: int | None = None
+) -> pd.DataFrame:
+    """Time `model(y, A)` of several models, which take turns: one row per model, compared with the first.
+
+    Columns: seconds (median), lower_quartile, upper_quartile, speed_up, iterations. Device: `.attrs["measured_on"]`.
+    """
+    if (count := len(models)) < 1 or repeats < 1 or warmup < 0:
+        raise ValueError(f"models, repeats and warmup must be at least 1, 1 and 0, got {count}, {repeats}, {warmup}.")
     check_tolerances(models)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     networks = [model for model in models.values() if isinstance(model, nn.Module)]

@@ -9,7 +9,6 @@ __all__ = ['fan_in_ratio', 'cut_to_widths', 'randomize']
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +20,12 @@ def fan_in_ratio(layer: nn.Module, before: Tensor) -> float:
     """sqrt(fan-in before / fan-in after) for a layer whose weight had the shape of `before`; 1 for a norm."""
     if not isinstance(layer, PRUNABLE):
         return 1.0
-    fan = nn.init._calculate_fan_in_and_fan_out
-    return math.sqrt(fan(before)[0] / fan(layer.weight)[0])
+    return math.sqrt(before[0].numel() / layer.weight[0].numel())
 
 # %% ../nbs/13_random_baseline.ipynb #c009
 @torch.no_grad()
 def cut_to_widths(narrow: nn.Module, wide: nn.Module) -> None:
-    """Give `narrow` the leading channels of `wide`, an unpruned network of its class, scaled to the smaller fan-in."""
+    """Copy the leading channels of `wide`, an unpruned network, to `narrow`, scaled to its fan-in."""
     drawn, layers = wide.state_dict(), dict(narrow.named_modules(remove_duplicate=False))  # a layer can have two names
     for name, value in narrow.state_dict().items():
         owner = name.rpartition(".")[0]
@@ -36,23 +34,17 @@ def cut_to_widths(narrow: nn.Module, wide: nn.Module) -> None:
         value.copy_(drawn[name][tuple(slice(n) for n in value.shape)] * scale)
 
 # %% ../nbs/13_random_baseline.ipynb #c013
-def randomize(
-    student: nn.Module,  # not modified
-    seed: int,
-    build: Callable[[], nn.Module]
-    | None = None,  # a fresh unpruned network; default `type(student)(**student.config())`
-) -> nn.Module:  # the widths of `student`, newly drawn weights
-    """Table 3's baseline: `student` with newly drawn weights; raises `TypeError` without `build` or `config()`."""
-    config: Any = getattr(student, "config", None)
-    if build is None and not callable(config):
+def randomize(student: nn.Module, seed: int, build: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Table 3's baseline: a copy of `student` with newly drawn weights; `build` makes an unpruned network."""
+    if build is None and callable(config := getattr(student, "config", None)):
+        build = lambda: type(student)(**config())
+    if build is None:
         raise TypeError(f"build must be a function that makes an unpruned {type(student).__name__}, got None.")
     start = copy.deepcopy(student).cpu()  # on the CPU: a GPU's generator draws other numbers
     with torch.random.fork_rng(devices=[]):  # restores the caller's generator
         torch.manual_seed(seed)
-        cut_to_widths(start, build() if build is not None else type(student)(**config()))
-        reset = getattr(start, "reset_parameters", None)
-        if callable(reset):
-            reset()
+        cut_to_widths(start, build())
+        getattr(start, "reset_parameters", lambda: None)()
     fresh = copy.deepcopy(student)
     fresh.load_state_dict(start.state_dict())
     return fresh

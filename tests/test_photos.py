@@ -112,7 +112,7 @@ def test_a_broken_checksum_is_named(tmp_path):
 def test_values_without_a_white_are_refused(tmp_path):
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((8, 8), 70000, np.int32)).save(tmp_path / "wide.tif")
-    for name, word in (("float.tif", "floating-point"), ("wide.tif", "32-bit")):
+    for name, word in (("float.tif", "float32"), ("wide.tif", "int32")):
         with pytest.raises(ValueError, match=f"{name} must have 8 or 16 bits, got {word} values"):
             read_photo(tmp_path / name)
 

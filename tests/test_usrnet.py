@@ -167,7 +167,7 @@ def test_what_is_no_dictionary_of_weights_is_named(wrong, found):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda weights: {}, "0 names found"),
+        (lambda weights: {}, "got 0 names without"),
         (lambda weights: {"conv.weight": torch.ones(1)}, "'conv.weight'"),
         (lambda weights: weights | {"p.extra": torch.ones(1)}, "do not fit"),
         (lambda weights: weights | {"p.m_up2.0.weight": torch.ones(3, 3, 2, 2)}, "do not fit"),

@@ -16,21 +16,16 @@ from scipy.io import loadmat
 from torch import Tensor
 
 # %% ../../nbs/data/24_kernels.ipynb #c006
-def centred_grid(size: int) -> tuple[Tensor, Tensor]:
+def centred_grid(size: int) -> tuple[Tensor, ...]:
     """Row and column of each pixel, counted from the centre pixel: float64 `(size, size)` each."""
     if size != int(size) or size < 1:
         raise ValueError(f"size must be a whole number of at least 1, got {size}.")
     position = torch.arange(int(size), dtype=torch.float64) - int(size) // 2
-    rows, columns = torch.meshgrid(position, position, indexing="ij")
-    return rows, columns
+    return torch.meshgrid(position, position, indexing="ij")
 
 # %% ../../nbs/data/24_kernels.ipynb #c009
-def gaussian_kernel(
-    size: int = 25,  # pixels along a side; the paper's kernels: 25
-    widths: Sequence[float] | float = (1.6, 1.6),  # standard deviations σ1, σ2 in pixels; one number: isotropic
-    angle: float = 0.0,  # of the σ1 axis, in degrees from horizontal, counter-clockwise
-) -> Tensor:  # float32 `(size, size)`
-    """A Gaussian kernel that sums to one; raises `ValueError` unless both widths are positive."""
+def gaussian_kernel(size: int = 25, widths: Sequence[float] | float = (1.6, 1.6), angle: float = 0.0) -> Tensor:
+    """The Gaussian kernel of widths σ1, σ2 > 0 in pixels, its first axis at `angle` in degrees."""
     first, second = (widths, widths) if isinstance(widths, (int, float)) else map(float, widths)
     if not (0 < first < math.inf and 0 < second < math.inf):
         raise ValueError(f"widths must be two positive numbers of pixels, got {first:g} and {second:g}.")
@@ -64,13 +59,8 @@ def slow_noise(points: int, window: int, generator: torch.Generator) -> Tensor:
     return white.unfold(0, window, 1).sum(dim=-1) / math.sqrt(window)
 
 # %% ../../nbs/data/24_kernels.ipynb #c020
-def camera_path(
-    reach: float,  # largest distance from the centre in either direction, in pixels
-    generator: torch.Generator,
-    points: int = 400,
-    bend: float = 4.0,  # approximate standard deviation of the turn over the whole path, in radians
-) -> Tensor:  # float64 `(points, 2)`: row and column from the centre pixel
-    """A random smooth path, centred at its centre of mass."""
+def camera_path(reach: float, generator: torch.Generator, points: int = 400, bend: float = 4.0) -> Tensor:
+    """A random smooth path about its centre of mass: float64 `(points, 2)`, rows and columns in pixels."""
     window = points // 4
     turn = slow_noise(points, window, generator) * bend / (math.sqrt(points * window))
     start = 2 * math.pi * torch.rand((), generator=generator, dtype=torch.float64)
@@ -87,20 +77,14 @@ def draw_path(path: Tensor, size: int) -> Tensor:
     corner = position.floor().long().clamp(0, max(size - 2, 0))
     fraction = position - corner
     kernel = torch.zeros(size, size, dtype=torch.float64)
-    for down in (0, 1):
-        for right in (0, 1):
-            row = fraction[:, 0] if down else 1 - fraction[:, 0]
-            column = fraction[:, 1] if right else 1 - fraction[:, 1]
-            kernel.index_put_((corner[:, 0] + down, corner[:, 1] + right), row * column, accumulate=True)
+    for offset in torch.cartesian_prod(torch.arange(2), torch.arange(2)):
+        weight = torch.where(offset == 1, fraction, 1 - fraction).prod(dim=1)
+        kernel.index_put_((corner + offset).unbind(dim=1), weight, accumulate=True)
     return kernel / len(path)
 
 # %% ../../nbs/data/24_kernels.ipynb #c025
-def motion_kernel(
-    size: int = 25,  # pixels along a side, at least 3; the paper's kernels: 25
-    seed: int | torch.Generator = 0,  # decides the path
-    reach: tuple[float, float] = (0.5, 0.95),  # range of the path's reach, as a fraction of half a side
-) -> Tensor:  # float32 `(size, size)`
-    """The kernel of a shaking camera, which sums to one."""
+def motion_kernel(size: int = 25, seed: int | torch.Generator = 0, reach: tuple[float, float] = (0.5, 0.95)) -> Tensor:
+    """The kernel of a shaking camera; `reach` is the range of its path, as a fraction of half a side."""
     if size != int(size) or size < 3:
         raise ValueError(f"size must be a whole number of at least 3 pixels, got {size}.")
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
@@ -109,11 +93,7 @@ def motion_kernel(
     return (kernel / kernel.sum()).float()
 
 # %% ../../nbs/data/24_kernels.ipynb #c028
-def random_kernel(
-    generator: torch.Generator,
-    size: int = 25,
-    widths: tuple[float, float] = (0.6, 3.2),  # of the Gaussians, in pixels
-) -> Tensor:  # float32 `(size, size)`
+def random_kernel(generator: torch.Generator, size: int = 25, widths: tuple[float, float] = (0.6, 3.2)) -> Tensor:
     """A kernel for training: motion in half of the cases, else a Gaussian, isotropic or not."""
     kind, first, second, turn = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     if kind < 0.5:
@@ -141,9 +121,7 @@ test_kernels.__test__ = False  # type: ignore[attr-defined]  # pytest must not c
 def load_cells(path: Path) -> list:
     """The matrices in the variable `kernels` of a MATLAB file; raises for a file without them."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; expected a MATLAB file of blur kernels such as kernels_12.mat."
-        )
+        raise FileNotFoundError(f"{path} does not exist; expected a MATLAB file of kernels such as kernels_12.mat.")
     try:
         content = loadmat(path)
     except Exception as error:  # SciPy raises many types, without the name of the file

@@ -571,17 +571,22 @@ def explain(cnn: nn.Module, example: tuple | dict, ignored: list[nn.Module], rat
             return str(error)
 
     first = why = attempt(prune_prior, ratio, "", check)
+    passed: set[str] = set()
     while (
         isinstance(why, str) and not isinstance(found := attempt(layer_groups), str) and time.process_time() < deadline
     ):
-        roots = [found[1][group[0].dep.target.module] for group in found[2]]
-        failed = {
-            root: attempt(prune_prior, ratio, "", check, root) for root in roots if time.process_time() < deadline
-        }
-        if not (new := {root: text for root, text in failed.items() if isinstance(text, str)}):
+        _, names, groups = found
+        at_end = lambda group: any(item.dep.target.type == tp.ops.OPTYPE.OUTPUT for item in group.items)
+        roots = [names[g[0].dep.target.module] for g in sorted(groups, key=at_end, reverse=True)]
+        root = next((root for root in roots if root not in passed), None)
+        if root is None:
             break
-        reasons |= new
-        why = attempt(prune_prior, ratio, "", check)
+        text = attempt(prune_prior, ratio, "", check, root)
+        if isinstance(text, str):
+            reasons[root] = text
+            why = attempt(prune_prior, ratio, "", check)
+        else:
+            passed.add(root)
     listed = "; ".join(f"layer {name!r}: {text}" for name, text in reasons.items())
     advice = why if isinstance(why, str) else f"add {', '.join(map(repr, reasons))} to ignored_layers"
     return f"{listed}; {advice}" if reasons else first

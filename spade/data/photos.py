@@ -157,13 +157,6 @@ class Photographs(Dataset):
             raise ValueError(f"noise must be one standard deviation of at least 0, got {noise}.")
         self.files, self.scales = check_photo_files(files)[:limit], check_scales(scales)
         self.kernels, self.noise, self.seed, self.ground_truth = as_kernels(kernels), float(noise), seed, ground_truth
-        self.sizes, count = self.used_sizes(tile), len(self.kernels)
-        pairs = product(range(len(self.files)), range(count))
-        used = [(file, kernel) for file, kernel in pairs if pairing == "all" or kernel == file % count]
-        self.index = [(file, kernel, scale) for scale, (file, kernel) in product(self.scales, used)]
-
-    def used_sizes(self, tile: int | None) -> list[tuple[int, ...]]:
-        """(H, W) of what is used of each photograph; it holds the kernel when cut to a multiple of a scale."""
         needed = tuple(side + max(self.scales) - 1 for side in self.kernels.shape[-2:])
         what = f"kernel and a block of ×{max(self.scales)}"
         if tile is not None:
@@ -171,7 +164,10 @@ class Photographs(Dataset):
                 raise ValueError(f"tile must be an integer of at least {max(needed)} pixels, the {what}, got {tile}.")
             needed, what = (tile, tile), "tile"
         sizes = [check_room(path, photo_size(path), needed, what) for path in self.files]
-        return sizes if tile is None else [needed] * len(sizes)
+        self.sizes, count = sizes if tile is None else [needed] * len(sizes), len(self.kernels)  # what is used
+        pairs = product(range(len(self.files)), range(count))
+        used = [(file, kernel) for file, kernel in pairs if pairing == "all" or kernel == file % count]
+        self.index = [(file, kernel, scale) for scale, (file, kernel) in product(self.scales, used)]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -213,7 +209,7 @@ class Crops(Dataset):
             least = f"length must be at least 1 and crop at least the kernel of {kernel_side} pixels"
             raise ValueError(f"{least}, got {length} and {crop}, which leaves {side}.")
         self.length, self.crop, self.seed, self.remember, self.scales = length, crop, seed, remember, tuple(scales)
-        self.memory: dict[int, Any] = {}
+        self.memory: dict[Any, Any] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -225,7 +221,7 @@ class Crops(Dataset):
         scale = self.scales[i % len(self.scales)]
         return scale, self.crop // scale * scale
 
-    def remembered(self, key: int, make: Callable[[int], Any]) -> Any:
+    def remembered(self, key: Any, make: Callable[[Any], Any]) -> Any:
         """`make(key)`, kept in memory for the first `remember` keys."""
         made = self.memory[key] if key in self.memory else make(key)
         if len(self.memory) < self.remember:
@@ -260,8 +256,8 @@ class PhotoCrops(Crops):
     def __getitem__(self, i: int) -> dict[str, Any]:
         (scale, side), generator = self.bucket(i), seeded("crop", self.seed, i)
         below = lambda stop: int(torch.randint(stop, (), generator=generator))
-        number = below(len(self.files))
-        file, photo = self.files[number], self.remembered(number, lambda key: read_photo(self.files[key]))
+        file = self.files[below(len(self.files))]
+        photo = self.remembered(file, read_photo)
         top, left = below(photo.shape[1] - side + 1), below(photo.shape[2] - side + 1)
         mirrored, turns = divmod(below(8), 4)
         x = torch.rot90(photo[:, top : top + side, left : left + side], turns, dims=(-2, -1))

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from spade import pruning
 from spade.basics import Batch
+from spade.models import DEQ
 from spade.pruning import explain, prune
 
 N = 16
@@ -388,3 +389,18 @@ def test_noise_is_the_same_in_both_passes_and_the_callers_state_comes_back():
     state = torch.random.get_rng_state()
     assert prune(net, 0.40, [(net, image(), [net.b])]).a.out_channels == 9
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_norm_of_ones_own_over_channels_needs_check_false():
+    f = lambda net, x: net.b((h := net.a(x)) / h.std(1, keepdim=True))
+    net = Net(f, a=conv(1, N), b=conv(N, 1)).eval()
+    with pytest.raises(ValueError, match="layer 'a': its output differs"):
+        prune(net, 0.40, [(net, image(), [net.b])])
+    assert prune(net, 0.40, [(net, image(), [net.b])], check=False).a.out_channels == 9
+
+
+def test_the_paper_networks_with_and_without_the_check():
+    teacher = DEQ(features=16, num_blocks=2)
+    students = [prune(teacher, 0.40, check=check) for check in (True, False)]
+    assert students[0].pruning_report.groups == students[1].pruning_report.groups
+    assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters()))

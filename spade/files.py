@@ -8,7 +8,6 @@ __all__ = ['flush_to_disk', 'atomic_write', 'plain', 'write_json', 'read_json', 
 # %% ../nbs/data/20_files.ipynb #c002
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,16 +26,13 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 # %% ../nbs/data/20_files.ipynb #c007
-def atomic_write(
-    path: str | Path,  # the file; its folders are created as needed
-    write: Callable[[Path], object],  # writes a file at the path that it receives
-) -> Path:  # `path`
-    """Write a file completely or not at all; after any failure, an older file is unchanged."""
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Write a file by `write(part)`, completely or not at all, creating its folders; returns `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    part, probe = folder / path.name, folder / ".permissions"
-    try:
+    hidden = tempfile.TemporaryDirectory(".part", f".{path.name}.", path.parent, ignore_cleanup_errors=True)
+    with hidden as folder:
+        part, probe = Path(folder, path.name), Path(folder, ".permissions")
         write(part)
         if not part.is_file():
             raise FileNotFoundError(f"write must create the file that it receives for {path}, got no file.")
@@ -46,8 +42,6 @@ def atomic_write(
         os.replace(part, path)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             flush_to_disk(path.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return path
 
 # %% ../nbs/data/20_files.ipynb #c012
@@ -60,11 +54,8 @@ def plain(value: Any) -> Any:
     raise TypeError(f"value must be JSON, a path, an array or a tensor, got {value!r}.")
 
 
-def write_json(
-    path: str | Path,
-    obj: Any,  # dicts, lists, strings, numbers, paths, arrays, tensors; `TypeError` for other types
-) -> Path:  # `path`
-    """Write `obj` atomically as indented JSON."""
+def write_json(path: str | Path, obj: Any) -> Path:
+    """Write `obj` atomically as indented JSON; `TypeError` for types unknown to JSON and `plain`."""
     text = json.dumps(obj, indent=2, default=plain, ensure_ascii=False) + "\n"
     return atomic_write(path, lambda part: part.write_text(text, encoding="utf-8"))
 

@@ -23,15 +23,12 @@ from .basics import Batch, device_of, evaluating, inner, on_device
 from .operators import LinearOperator
 
 # %% ../nbs/09_metrics.ipynb #c006
-def comparable(
-    image: Tensor | np.ndarray,  # complex or real `(H, W)` or `(1, H, W)`; or real `(3, H, W)`
-) -> np.ndarray:  # float64 `(H, W)` of magnitudes, or `(3, H, W)` clipped to [0, 1]
-    """The real image that the metrics compare; raises `ValueError` for other shapes."""
-    array = image.detach().cpu().resolve_conj().numpy() if isinstance(image, Tensor) else np.asarray(image)
+def comparable(image: Tensor | np.ndarray) -> np.ndarray:
+    """Magnitudes (H, W), or real colours (3, H, W) clipped to [0, 1]; `ValueError` for other shapes."""
+    array = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
     if array.ndim == 3 and array.shape[0] == 3 and not np.iscomplexobj(array):
         return np.clip(array.astype(np.float64), 0, 1)
-    if array.ndim == 3 and array.shape[0] == 1:
-        array = array[0]
+    array = array[0] if array.ndim == 3 and array.shape[0] == 1 else array
     if array.ndim != 2:
         raise ValueError(f"image must have shape (H, W), (1, H, W) or, real, (3, H, W), got {array.shape}.")
     return np.abs(array.astype(np.complex128 if np.iscomplexobj(array) else np.float64))
@@ -46,11 +43,9 @@ def check_finite(name: str, image: Tensor | np.ndarray) -> None:
 
 # %% ../nbs/09_metrics.ipynb #c014
 def comparable_pair(
-    x_hat: Tensor | np.ndarray,
-    x: Tensor | np.ndarray,
-    data_range: float | None,  # None: the maximum of |x|, or 1 for colour
+    x_hat: Tensor | np.ndarray, x: Tensor | np.ndarray, data_range: float | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Both images as the metrics compare them, and the data range; raises `ValueError` if they do not fit."""
+    """Both images as the metrics compare them, and the data range; `ValueError` if they do not fit."""
     check_finite("x_hat", x_hat)
     check_finite("the reference x", x)
     raw, x_hat, x = x, comparable(x_hat), comparable(x)
@@ -65,22 +60,14 @@ def comparable_pair(
     return x_hat, x, data_range
 
 # %% ../nbs/09_metrics.ipynb #c017
-def psnr(
-    x_hat: Tensor | np.ndarray,  # reconstruction, complex `(1, H, W)` or `(H, W)`; or real `(3, H, W)` in [0, 1]
-    x: Tensor | np.ndarray,  # reference, alike
-    data_range: float | None = None,  # None: the maximum of |x|, or 1 for colour
-) -> float:  # dB; infinite for equal images
-    """Peak signal-to-noise ratio over the whole image, by scikit-image."""
+def psnr(x_hat: Tensor | np.ndarray, x: Tensor | np.ndarray, data_range: float | None = None) -> float:
+    """Peak signal-to-noise ratio in dB over the whole image, by scikit-image; infinite for equal images."""
     x_hat, x, data_range = comparable_pair(x_hat, x, data_range)
     return math.inf if np.array_equal(x_hat, x) else float(peak_signal_noise_ratio(x, x_hat, data_range=data_range))
 
 # %% ../nbs/09_metrics.ipynb #c021
-def ssim(
-    x_hat: Tensor | np.ndarray,  # reconstruction, complex `(1, H, W)` or `(H, W)`; or real `(3, H, W)` in [0, 1]
-    x: Tensor | np.ndarray,  # reference, alike; sides of at least 7 pixels
-    data_range: float | None = None,  # None: the maximum of |x|, or 1 for colour
-) -> float:  # at most 1
-    """Structural similarity over the whole image, by scikit-image, as a fraction (the paper prints per cent)."""
+def ssim(x_hat: Tensor | np.ndarray, x: Tensor | np.ndarray, data_range: float | None = None) -> float:
+    """Structural similarity, at most 1, over a whole image of at least 7×7 pixels, by scikit-image."""
     x_hat, x, data_range = comparable_pair(x_hat, x, data_range)
     if min(x.shape[-2:]) < 7:
         raise ValueError(f"x must have at least 7×7 pixels for SSIM, got {x.shape[-2]}×{x.shape[-1]}.")
@@ -95,7 +82,7 @@ def reference_of(batch: Batch) -> Tensor:
 
 
 def image_rows(x_hat: Tensor, batch: Batch) -> list[dict]:
-    """PSNR and SSIM of each image of a batch; raises `ValueError` with the image that cannot be compared."""
+    """PSNR and SSIM of each image of a batch; a `ValueError` names the image that cannot be compared."""
     references = reference_of(batch)
     names = ["subject", "file", "slice"] + ["scale"] * (not references.is_complex())  # in MRI, scale is a unit
     rows = []
@@ -109,14 +96,8 @@ def image_rows(x_hat: Tensor, batch: Batch) -> list[dict]:
 
 # %% ../nbs/09_metrics.ipynb #c028
 @torch.no_grad()
-def evaluate(
-    model: Callable,  # called as `model(y, A)`; returns complex `(B, 1, H, W)` or real `(B, 3, H, W)`
-    batches: Iterable[Batch],  # with reference
-    progress: bool = True,
-) -> (
-    pd.DataFrame
-):  # subject, file, slice, scale (photographs), psnr (dB), ssim; iterations, for a network that counts them
-    """PSNR and SSIM of every image; the network's modes and the batches stay as they are. Raises as `image_rows`."""
+def evaluate(model: Callable, batches: Iterable[Batch], progress: bool = True) -> pd.DataFrame:
+    """PSNR (dB) and SSIM of every image of `model(y, A)`, which stays as it is; raises as `image_rows`."""
     rows, device = [], device_of(model)
     with evaluating(*[model] if isinstance(model, nn.Module) else []):
         for batch in tqdm(batches, desc="evaluating", disable=not progress, leave=False):
@@ -146,13 +127,8 @@ def cg_iterates(y: Tensor, A: LinearOperator, regularization: float) -> Iterator
         yield x
 
 # %% ../nbs/09_metrics.ipynb #c045
-def cg_sense(
-    y: Tensor,  # complex `(B, coils, H, W)`
-    A: LinearOperator,  # the operator of this measurement
-    regularization: float = 1e-2,  # λ, relative to ‖A‖² ≤ 1; at least 0
-    iterations: int = 10,  # at least 1
-) -> Tensor:  # complex `(B, 1, H, W)`
-    """Least-squares reconstruction by conjugate gradients; raises `ValueError` for other settings."""
+def cg_sense(y: Tensor, A: LinearOperator, regularization: float = 1e-2, iterations: int = 10) -> Tensor:
+    """Least-squares reconstruction (B, 1, H, W) by conjugate gradients; λ is relative to ‖A‖² ≤ 1."""
     if iterations < 1 or iterations != int(iterations):
         raise ValueError(f"iterations must be a whole number of at least 1, got {iterations}.")
     if not 0 <= regularization < math.inf:
@@ -198,7 +174,7 @@ def tune_cg_sense(batches: Iterable[Batch], **settings: Any) -> Tuned:
 
 # %% ../nbs/09_metrics.ipynb #c062
 def bicubic(y: Tensor, A: nn.Module) -> Tensor:  # real `(B, C, h, w)` to `(B, C, h * scale, w * scale)`
-    """The measurement enlarged by bicubic interpolation at the scale of `A`; raises `TypeError` without one."""
+    """The measurement enlarged by bicubic interpolation by the scale of `A`; `TypeError` without one."""
     scale = getattr(A, "scale", None)
     if scale is None:
         raise TypeError(f"A must have a scale, such as BlurDownsample, got {type(A).__name__}.")

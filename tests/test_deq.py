@@ -211,9 +211,8 @@ def test_eq4_against_finite_differences(solver):
 def test_a_slow_step_has_the_gradient_of_the_closed_form(memory, iterations):
     "T(x) = a x + b rests at b / (1 - a): with a = 0.995 and b = 1, dx/db = 200 and dx/da = 40000."
     a, b = (torch.full((1, 1), value, dtype=torch.float64, requires_grad=True) for value in (0.995, 1.0))
-    result = attach_gradient(
-        lambda x: a * x + b, torch.full((1, 1), 200.0, dtype=torch.float64), "implicit", memory, iterations, 1e-9
-    )
+    start, settings = torch.full((1, 1), 200.0, dtype=torch.float64), dict(max_iterations=iterations, tolerance=1e-9)
+    result = attach_gradient(lambda x: a * x + b, start, memory=memory, **settings)
     by_a, by_b = torch.autograd.grad((0.25 * result).sum(), (a, b))
     assert by_b.item() == pytest.approx(0.25 * 200, rel=1e-6) and by_a.item() == pytest.approx(0.25 * 40_000, rel=1e-6)
 
@@ -352,5 +351,5 @@ def test_restart_is_the_start_of_the_class(gain):
 
 
 def test_a_memory_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="memory must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="memory must be at least 1, got 100 and 0"):
         fixed_point(lambda x: 0.5 * x, torch.ones(1, 2), memory=0)

@@ -252,6 +252,22 @@ def test_e2e_needs_the_centre():
         small("e2e-varnet")(y, A.with_mask(mask))
 
 
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("rows", [1, 15])
+def test_values_that_were_not_measured_do_not_reach_the_image(name, rows):
+    """Nor do those of column 10, which the symmetric centre of ACS lines 6 to 9 contains for a width of 17."""
+    y, A = problem(2)
+    mask = torch.zeros(2, 1, rows, 17, dtype=torch.bool)
+    mask[..., 6:10] = mask[..., ::4] = True
+    mask[..., 0, 0] = False
+    A, model = A.with_mask(mask), small(name).eval()
+    y = A.mask * y
+    noise = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model(y + ~A.mask * noise, A), model(y, A)) and not torch.equal(model(y + noise, A), model(y, A))
+    if name != "deq":
+        assert torch.equal(model.predict_kspace(y + ~A.mask * noise, A), model.predict_kspace(y, A))
+
+
 def test_two_dimensional_mask():
     y, A = problem()
     mask = A.mask.expand(1, 1, 15, 17).clone()

@@ -15,12 +15,7 @@ from torch import Tensor
 from ..basics import as_real, norms
 
 # %% ../../nbs/data/21_espirit.ipynb #c008
-def central(
-    start: int,  # first index that may be used
-    stop: int,  # one past the last
-    size: int,  # length of the axis; its centre is size // 2
-    count: int,  # number of indices, at most stop - start
-) -> slice:
+def central(start: int, stop: int, size: int, count: int) -> slice:
     """The `count` indices around `size // 2`, shifted if necessary to lie in `[start, stop)`."""
     first = min(max(size // 2 - count // 2, start), stop - count)
     return slice(first, first + count)
@@ -32,7 +27,7 @@ def calibration_block(
     calib_width: int,  # rows, and at most as many columns
     kernel_width: int,  # k; the block must be at least as large
 ) -> Tensor:  # complex `(B, coils, h, w)`
-    """The centre of k-space, within the ACS columns. Raises `ValueError` if it is smaller than the kernel."""
+    """The centre of k-space, within the ACS columns; `ValueError` if it is smaller than the kernel."""
     height, width = kspace.shape[-2:]
     start, stop = (0, width) if acs is None else (acs.start, acs.stop) if isinstance(acs, slice) else acs
     if not 0 <= start <= stop <= width:
@@ -46,20 +41,14 @@ def calibration_block(
     return kspace[..., central(0, height, height, rows), central(start, stop, width, columns)]
 
 # %% ../../nbs/data/21_espirit.ipynb #c014
-def calibration_matrix(
-    block: Tensor,  # complex `(B, coils, h, w)`
-    kernel_width: int,  # k
-) -> Tensor:  # complex `(B, coils · k², patches)`
-    """All k × k patches of the calibration block, each a column."""
+def calibration_matrix(block: Tensor, kernel_width: int) -> Tensor:
+    """All k × k patches of the block `(B, coils, h, w)`, each a column: `(B, coils · k², patches)`."""
     patches = block.unfold(2, kernel_width, 1).unfold(3, kernel_width, 1)
     return patches.permute(0, 1, 4, 5, 2, 3).flatten(1, 3).flatten(2)
 
 # %% ../../nbs/data/21_espirit.ipynb #c019
-def signal_space(
-    matrix: Tensor,  # complex `(B, n, patches)`
-    threshold: float,  # singular values below this fraction of the largest count as noise
-) -> Tensor:  # complex `(B, n, n)`
-    """The orthogonal projection $UU^H$ on the signal space of the matrix; 0 for a zero matrix."""
+def signal_space(matrix: Tensor, threshold: float) -> Tensor:
+    """Projection $UU^H$ `(B, n, n)` on the signal space of `(B, n, patches)`; 0 for a zero matrix."""
     tall = matrix.shape[1] > matrix.shape[2]
     values, vectors = torch.linalg.eigh(matrix.mH @ matrix if tall else matrix @ matrix.mH)
     kept = values > threshold**2 * values[:, -1:].clamp(min=0)
@@ -70,12 +59,8 @@ def signal_space(
     return vectors @ vectors.mH
 
 # %% ../../nbs/data/21_espirit.ipynb #c025
-def correlation_kernels(
-    projection: Tensor,  # complex `(B, coils · k², coils · k²)`
-    coils: int,
-    kernel_width: int,  # k
-) -> Tensor:  # complex `(B, coils, coils, 2k - 1, 2k - 1)`, Δ = 0 in the middle
-    """The projection summed along its diagonals, divided by k²: the average over all patches."""
+def correlation_kernels(projection: Tensor, coils: int, kernel_width: int) -> Tensor:
+    """Diagonals of the projection, summed and divided by k²: `(B, coils, coils, 2k - 1, 2k - 1)`."""
     k = kernel_width
     blocks = projection.reshape(-1, coils, k, k, coils, k, k).permute(0, 1, 4, 2, 3, 5, 6)
     kernels = blocks.new_zeros(len(blocks), coils, coils, 2 * k - 1, 2 * k - 1)
@@ -86,24 +71,16 @@ def correlation_kernels(
     return kernels / k**2
 
 # %% ../../nbs/data/21_espirit.ipynb #c029
-def fourier_matrix(
-    size: int,  # N, pixels along the axis
-    kernel_width: int,  # k
-    like: Tensor,  # gives dtype and device
-) -> Tensor:  # complex `(N, 2k - 1)`
-    """$e^{-2πi rΔ/N}$ for pixels $r$, counted from the centre `N // 2`, and shifts -k < Δ < k."""
+def fourier_matrix(size: int, kernel_width: int, like: Tensor) -> Tensor:
+    """$e^{-2πi rΔ/N}$, `(N, 2k - 1)`, for pixels $r$ from the centre `N // 2` and shifts -k < Δ < k."""
     position = torch.arange(size, dtype=torch.float64) - size // 2
     shift = torch.arange(1 - kernel_width, kernel_width, dtype=torch.float64)
     angle = -2 * math.pi * position[:, None] * shift / size
     return torch.polar(torch.ones_like(angle), angle).to(like)
 
 # %% ../../nbs/data/21_espirit.ipynb #c035
-def power_steps(
-    matrices: Tensor,  # complex `(coils, coils, pixels)`
-    vectors: Tensor,  # complex `(coils, pixels)`
-    steps: int,
-) -> tuple[Tensor, Tensor]:  # eigenvalue estimates `(pixels,)`, unit vectors `(coils, pixels)`
-    """Multiply each vector `steps` times by its matrix; its norm, for one step, estimates the eigenvalue."""
+def power_steps(matrices: Tensor, vectors: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Norms of the vectors `(coils, pixels)` after `steps` products with their matrices, and unit vectors."""
     for _ in range(steps):
         vectors = (matrices * vectors).sum(dim=1)
     lengths = norms(vectors.T)

@@ -406,7 +406,7 @@ class MultiCoilSlices(Dataset):
 
     def prepare(self, progress: bool = True) -> "MultiCoilSlices":
         """Make all coil maps now, with a progress bar, rather than when a slice is first read."""
-        for i in tqdm(range(len(self)), desc="coil maps", disable=not progress):
+        for i in tqdm(range(len(self)), desc="coil maps", **({} if progress else {"disable": True})):
             self.measurement(i, read_slice(*self.index[i]))
         return self
 

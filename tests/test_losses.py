@@ -13,6 +13,7 @@ from spade.finetuning import train
 from spade.losses import (
     ALLOWED_SETTINGS,
     STRATEGIES,
+    check_reference,
     data_fidelity,
     default_loss,
     draw_rotation,
@@ -354,8 +355,12 @@ def test_right_angles_and_flips_move_pixels_of_a_photograph_and_nothing_else():
 def test_flips_are_for_photographs_unless_asked(monkeypatch):
     import spade.losses
 
+    def watched(kind, x, generator, flips):
+        seen.extend([x.is_complex()] if flips else [])
+        return draw_rotation(kind, x, generator, flips)
+
     seen = []
-    monkeypatch.setattr(spade.losses, "mirror", lambda image, mirrored: seen.append(image.is_complex()) or image)
+    monkeypatch.setattr(spade.losses, "draw_rotation", watched)
     for flips, expected in ((None, [False]), (True, [True, False]), (False, [])):
         seen.clear()
         for model, batch in ((small(VarNet), make_batch(size=(16, 16))), (Enlarge(), photo_batch())):
@@ -367,8 +372,8 @@ def test_rotations_of_mri_are_those_of_before():
     x = make_batch(size=(12, 12), batch=3).x
     degrees = 360 * torch.rand(3, generator=torch.Generator().manual_seed(5))
     assert torch.equal(draw_rotation("any", x, torch.Generator().manual_seed(5))(x), rotate(x, degrees))
-    assert "flips" not in make_strategy("self-supervised").settings()  # so a run that was interrupted can go on
-    assert make_strategy("self-supervised", flips=True).settings()["flips"] is True
+    assert "flips" not in make_strategy("self-supervised").choices  # so a run that was interrupted can go on
+    assert make_strategy("self-supervised", flips=True).choices["flips"] is True
 
 
 def test_school_tells_scales_apart():
@@ -470,3 +475,39 @@ def test_a_teacher_is_a_network_and_a_loss_a_function():
         make_strategy("school", teacher="teacher.safetensors")
     with pytest.raises(TypeError, match="loss must be a function of two images or one of smooth_l1, ssim"):
         make_strategy("supervised", loss=3)
+
+
+# References that do not fit
+
+
+BAD_REFERENCES = {
+    "without the axis of the batch": (lambda x: x[0], r"got complex \(1, 32, 32\)"),
+    "without the axis of the channel": (lambda x: x[:, 0], r"got complex \(2, 32, 32\)"),
+    "of one image": (lambda x: x[:1], r"got complex \(1, 1, 32, 32\)"),
+    "of coil images": (lambda x: x.expand(-1, 3, -1, -1), r"got complex \(2, 3, 32, 32\)"),
+    "of magnitudes": (lambda x: x.abs(), r"got real \(2, 1, 32, 32\)"),
+    "with a last axis of 2": (torch.view_as_real, r"got real \(2, 1, 32, 32, 2\)"),
+}
+
+
+@pytest.mark.parametrize(
+    "loss", ["smooth_l1", "ssim", "ssim+l1", "l1", "squared_error", lambda a, b: (a - b).abs().sum()]
+)
+@pytest.mark.parametrize("bad", BAD_REFERENCES)
+def test_a_reference_that_would_be_broadcast_is_refused_by_every_distance(loss, bad):
+    batch, (change, said) = make_batch(batch=2), BAD_REFERENCES[bad]
+    expected = r"reference x must have shape and kind of the reconstruction, complex \(2, 1, 32, 32\), "
+    with pytest.raises(ValueError, match=expected + said):
+        make_strategy("supervised", loss=loss)(Zero(), batch._replace(x=change(batch.x)), torch.Generator())
+
+
+def test_a_teacher_that_answers_with_another_shape_is_refused():
+    batch = make_batch(batch=2)
+    strategy = make_strategy("school", teacher=Image(batch.x[:1]), loss="ssim")
+    with pytest.raises(ValueError, match=r"reconstruction, complex \(2, 1, 32, 32\), got complex \(1, 1, 32, 32\)"):
+        strategy(Zero(), batch, torch.Generator())
+
+
+def test_a_reference_of_another_precision_is_taken():
+    x = make_batch().x
+    assert check_reference(x, x.to(torch.complex128)).dtype == torch.complex128

@@ -267,7 +267,7 @@ def test_other_network_weights_and_teacher_are_refused(tmp_path):
     with pytest.raises(ValueError, match="other weights"):
         fit(tiny(7), 4, folder=tmp_path)
     fitted(2, folder=tmp_path / "school", strategy="school")
-    with pytest.raises(ValueError, match="teacher was"):
+    with pytest.raises(ValueError, match="teacher.weights was"):
         train(
             tiny(),
             batches(),
@@ -900,3 +900,88 @@ def test_a_reference_that_is_not_finite_is_blamed_by_every_gradient(gradient):
     broken[0, 0, 3, 3] = math.nan
     with pytest.raises(ValueError, match="reference x must be finite"):
         fit(DEQ(features=4, num_blocks=1, max_iterations=3, gradient=gradient), 1, data=[batch._replace(x=broken)])
+
+
+@pytest.mark.parametrize(
+    "length, settings, expected",
+    [(3, {}, [3, 6, 7]), (3, dict(accumulate=2), [1, 2, 3, 4, 5, 6, 7]), (3, dict(checkpoint_every=5), [5, 7])],
+)
+def test_a_state_is_saved_every_epoch_unless_asked_otherwise(monkeypatch, tmp_path, length, settings, expected):
+    saved = []
+    monkeypatch.setattr(spade.finetuning.TrainingRun, "save", lambda run: saved.append(run.log.steps))
+    fit(tiny(), 7, data=batches(length), folder=tmp_path, **settings)
+    assert saved == expected
+
+
+def test_a_state_is_saved_every_200_updates_of_a_long_epoch(monkeypatch, tmp_path):
+    class Long(Unmeasured):
+        def __len__(self):
+            return 5000
+
+    saved = []
+    monkeypatch.setattr(spade.finetuning.TrainingRun, "save", lambda run: saved.append(run.log.steps))
+    monkeypatch.setattr(spade.finetuning.Loop, "update", lambda *_: 0.0)
+    monkeypatch.setattr(spade.finetuning, "batch_stream", lambda *_: iter(int, 1))
+    for data in (Long(), Unmeasured()):
+        fit(tiny(), 410, data=data, folder=tmp_path)
+    assert saved == [200, 400, 410] * 2
+
+
+# Data that do not fit
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda x: x[0], r"complex \(1, 16, 16\)"),
+        (lambda x: x[:1], r"complex \(1, 1, 16, 16\)"),
+        (lambda x: x.expand(-1, 2, -1, -1), r"complex \(2, 2, 16, 16\)"),
+        (lambda x: x.abs(), r"real \(2, 1, 16, 16\)"),
+    ],
+)
+@pytest.mark.parametrize("loss", ["smooth_l1", "ssim", plain_error])
+def test_a_reference_that_would_be_broadcast_is_refused_before_any_update(change, found, loss):
+    batch, model = collate([item(0), item(1)]), tiny()
+    said = rf"reference x must have shape and kind of the reconstruction, complex \(2, 1, 16, 16\), got {found}"
+    with pytest.raises(ValueError, match=said):
+        data = [batch._replace(x=change(batch.x))]
+        finetune(model, data, "supervised", loss=loss, steps=1, learning_rate=1e-3, progress=False)
+    assert torch.equal(weights(model), weights(tiny()))
+
+
+class Scaled(TinyCNN):
+    """Scales its measurement, as many networks do, and so divides by zero for an empty one."""
+
+    def forward(self, y, A):
+        level = y.abs().amax(dim=(1, 2, 3), keepdim=True)
+        return super().forward(y / level, A) * level
+
+
+@pytest.mark.parametrize("strategy", ["supervised", "school", "self-supervised"])
+def test_an_empty_measurement_is_blamed_and_not_the_learning_rate(strategy):
+    torch.manual_seed(0)
+    model, good, bad = Scaled(), *(collate([item(n), item(n + 1)]) for n in (0, 2))
+    bad.y[1] = 0
+    before = weights(model)
+    said = r"measurement y must not be zero everywhere, got such an image in a batch of step 1, info .*\[2, 3\]"
+    with pytest.raises(ValueError, match=said) as raised:
+        fit(model, 2, data=[bad, good], strategy=strategy)
+    assert "learning_rate" not in str(raised.value) and torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("strategy", ["supervised", "school", "self-supervised"])
+@pytest.mark.parametrize("network", [DEQ, VarNet, TinyCNN])
+def test_maps_that_are_not_finite_are_blamed_and_not_the_learning_rate(strategy, network):
+    torch.manual_seed(0)
+    sizes = {
+        DEQ: dict(features=4, num_blocks=1, max_iterations=3),
+        VarNet: dict(num_cascades=1, channels=2, num_pools=1),
+    }
+    good, bad = batches(2)
+    bad.A.maps[0, 0, 3, 3] = math.nan
+    said = (
+        "start must be finite" if network is DEQ else "A.maps must be finite, got NaN or infinity in a batch of step 2"
+    )
+    with pytest.raises(ValueError, match=said) as raised:
+        fit(network(**sizes.get(network, {})), 2, data=[good, bad], strategy=strategy)
+    assert "learning_rate" not in str(raised.value)

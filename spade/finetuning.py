@@ -208,7 +208,7 @@ class TrainingRun:
         batches = batch_stream(data, log.steps * training.accumulate, per_epoch, self.loop.seed, *shard)
         saved = training.checkpoint_every or min(max((per_epoch or 200) // training.accumulate, 1), 200)
         scored = training.validate_every or max(training.steps // 10, 1)
-        hidden = {} if progress and accelerator.is_main_process else {"disable": True}
+        hidden = {} if progress and accelerator.is_main_process else {"disable": True}  # else TQDM_DISABLE decides
         bar = tqdm(total=training.steps, initial=log.steps, desc=self.loop.strategy.name, **hidden)
         with own_randomness(), stop_request() as stop, bar:
             self.loop.model.train()

@@ -84,6 +84,8 @@ def reference_of(batch: Batch) -> Tensor:
 def image_rows(x_hat: Tensor, batch: Batch) -> list[dict]:
     """PSNR and SSIM of each image of a batch; a `ValueError` names the image that cannot be compared."""
     references = reference_of(batch)
+    if len(x_hat) != len(references):
+        raise ValueError(f"x_hat must have the {len(references)} images of the batch, got {len(x_hat)}.")
     names = ["subject", "file", "slice"] + ["scale"] * (not references.is_complex())  # in MRI, scale is a unit
     rows = []
     for i, (image, x) in enumerate(zip(x_hat, references)):
@@ -100,7 +102,7 @@ def evaluate(model: Callable, batches: Iterable[Batch], progress: bool = True) -
     """PSNR (dB) and SSIM of every image of `model(y, A)`, which stays as it is; raises as `image_rows`."""
     rows, device = [], device_of(model)
     with evaluating(*[model] if isinstance(model, nn.Module) else []):
-        for batch in tqdm(batches, desc="evaluating", disable=not progress, leave=False):
+        for batch in tqdm(batches, desc="evaluating", leave=False, **({} if progress else {"disable": True})):
             found = image_rows(model(batch.y.to(device), on_device(batch.A, device)), batch)
             iterations = getattr(model, "last_iterations", None)
             rows += [row | ({} if iterations is None else {"iterations": int(iterations)}) for row in found]

@@ -140,6 +140,12 @@ def test_evaluate_needs_a_reference():
         )
 
 
+def test_evaluate_needs_an_image_for_each_reference():
+    batch = batch_of(torch.ones(3, 1, 8, 8, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="x_hat must have the 3 images of the batch, got 2"):
+        evaluate(lambda y, A: A.adjoint(y)[:2], [batch], progress=False)
+
+
 @pytest.mark.parametrize("value", (math.nan, math.inf, complex(0, math.nan)))
 def test_an_image_that_is_not_finite_is_refused_and_not_left_out_of_a_mean(pair, value):
     x_hat, x = pair[0].clone(), pair[1]

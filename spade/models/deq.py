@@ -134,7 +134,7 @@ def fixed_point(
     if min(memory, max_iterations) < 1:
         raise ValueError(f"max_iterations and memory must be at least 1, got {max_iterations} and {memory}.")
     if not start.isfinite().all():
-        raise ValueError("start must be finite, got an image that is not finite: check y for NaN and infinity.")
+        raise ValueError("start must be finite, got an image that is not finite: check y and A for NaN and infinity.")
     x, answer, active, trace = start, start, None, Trace()
     xs: list[Tensor] = []
     gs: list[Tensor] = []

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..basics import as_real, norms
+from ..basics import as_real
 
 # %% ../../nbs/data/21_espirit.ipynb #c008
 def central(start: int, stop: int, size: int, count: int) -> slice:
@@ -83,7 +83,7 @@ def power_steps(matrices: Tensor, vectors: Tensor, steps: int) -> tuple[Tensor, 
     """Norms of the vectors `(coils, pixels)` after `steps` products with their matrices, and unit vectors."""
     for _ in range(steps):
         vectors = (matrices * vectors).sum(dim=1)
-    lengths = norms(vectors.T)
+    lengths = as_real(vectors).square().sum(dim=(0, -1)).sqrt()
     return lengths, vectors / torch.where(lengths > 0, lengths, 1)
 
 
@@ -101,7 +101,8 @@ def dominant_eigenvectors(
         _, before = power_steps(matrices, vectors, 9)  # nine unnormalised steps are safe: 0.1 to the ninth is 1e-9
         values, vectors = power_steps(matrices, before, 1)
         result[:, pixels] = vectors * (values > crop)
-        moving = (norms((vectors - before).T) > tolerance).nonzero().squeeze(1)
+        moved = as_real(vectors - before).square().sum(dim=(0, -1)).sqrt()
+        moving = (moved > tolerance).nonzero().squeeze(1)
         pixels, matrices, vectors = pixels[moving], matrices[..., moving], vectors[:, moving]
     return result
 

@@ -202,7 +202,7 @@ class TrainingRun:
         return self.log.losses[-1]
 
     def complete(self, data: Any, per_epoch: int | None, score: Callable | None, progress: bool) -> None:
-        """All missing updates, with validations and saved states; `KeyboardInterrupt` on Ctrl-C."""
+        """All missing updates, then the best weights, if kept; `KeyboardInterrupt` on Ctrl-C."""
         training, log, accelerator = self.training, self.log, self.loop.accelerator
         shard = accelerator.process_index, accelerator.num_processes
         batches = batch_stream(data, log.steps * training.accumulate, per_epoch, self.loop.seed, *shard)
@@ -223,6 +223,8 @@ class TrainingRun:
                 if stop.is_set() and not last:
                     again = f"; call again with folder={str(self.path.parent)!r} to continue" if self.path else ""
                     raise KeyboardInterrupt(f"stopped after step {log.steps} of {training.steps}{again}")
+        if self.best:
+            self.loop.model.load_state_dict(self.best)
 
 # %% ../nbs/repro/31_resume.ipynb #c033
 def new_accelerator(mixed_precision: str) -> Accelerator:
@@ -295,8 +297,6 @@ def train(
         run.complete(data, per_epoch, validate, progress)
     finally:
         model.eval()
-    if run.best:
-        model.load_state_dict(run.best)
     return run.log
 
 # %% ../nbs/repro/31_resume.ipynb #c049

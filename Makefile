@@ -23,7 +23,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch is named with its exact version: a bare name may pull gigabytes of GPU libraries onto a machine without one
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(shell grep '^torch==' constraints.txt)
-SNAKEMAKE = $(BIN)/snakemake --configfile config/$(CONFIG).yaml --cores $(CORES) --resources gpu=$(GPUS) --quiet rules
+OPTIONS = --configfile config/$(CONFIG).yaml --cores $(CORES) --resources gpu=$(GPUS) --quiet rules $(ARGUMENTS)
 CHECK = OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/python
 
 ifeq ($(origin PROFILE),command line)
@@ -34,15 +34,15 @@ $(error CONFIG must be one of $(basename $(notdir $(wildcard config/*.yaml))), g
 endif
 
 demo: $(VENV)/.installed
-	$(SNAKEMAKE) demo_$(NETWORK) $(ARGUMENTS)
+	$(BIN)/snakemake demo_$(NETWORK) $(OPTIONS)
 	@cat outputs/$(CONFIG)/demo_$(NETWORK)/table_*.md 2>/dev/null || true
 
 # Continues after a failed job. The same command again runs only what is missing or outdated.
 paper: $(VENV)/.installed
-	$(SNAKEMAKE) $(TARGETS) $(ARGUMENTS)
+	$(BIN)/snakemake $(TARGETS) $(OPTIONS)
 
 plan: $(VENV)/.installed
-	$(SNAKEMAKE) $(TARGETS) --dry-run $(ARGUMENTS)
+	$(BIN)/snakemake $(TARGETS) --dry-run $(OPTIONS)
 	@$(BIN)/python -c 'from spade.workflow import estimate; print(estimate("$(CONFIG)"))'
 
 lab: $(VENV)/.installed-dev
@@ -54,7 +54,6 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and f"spade needs Python 3.11 or newer, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian: apt-get install python3.11-venv"; exit 1; }
 
-# A stamp is newer than what it depends on once an installation is complete, so it is not repeated.
 $(VENV)/.installed: constraints.txt settings.ini setup.py pyproject.toml | $(VENV)/bin/python
 	@echo "Installing spade into $(VENV) (once, a few minutes) ..."
 	$(PIP) -e .
@@ -91,7 +90,6 @@ check-notebooks: $(VENV)/.installed-dev
 check-tests: $(VENV)/.installed-dev
 	$(CHECK) -m pytest -q --durations 10 -n 2 --dist loadfile --no-loadscope-reorder tests/test_slurm.py tests/test_workflow.py tests/test_experiments.py tests
 
-# All of the paper in the smallest configuration, into an empty folder.
 check-experiments: $(VENV)/.installed-dev
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
 	$(BIN)/snakemake all --configfile config/smoke.yaml --config results="$$out/results" acquisitions="$$out/data" --cores $(CORES) --quiet rules

@@ -20,7 +20,7 @@ from .figures import EVOLVING
 from .files import atomic_write, project_root, resolve
 from .paper import TABLE_ACCELERATION
 from .runs import Run, code_cells, shipped_teacher, without_comments
-from .tables import MRI_NETWORKS
+from .tables import MRI_NETWORKS, read_runs
 
 # %% ../nbs/repro/36_workflow.ipynb #c005
 def students(config: Config, network: str, acceleration: int) -> list[Run]:
@@ -159,10 +159,11 @@ def write_resources(out: Path) -> None:
 
 # %% ../nbs/repro/36_workflow.ipynb #c035
 def estimate(name: str, out: str = "") -> str:
-    """The runs of a configuration to do and their expected time, if some have been measured, as one sentence."""
+    """The runs of a configuration to do and their expected time, if some have been made before, as one sentence."""
     config, folder = load_config(name), resolve(out or f"outputs/{name}")
     to_do = [run.name for run in paper_runs(config).values() if not (run.folder(folder) / "done").is_file()]
-    known = read_resources(folder).set_index("job")["wall (min)"].reindex(to_do).dropna()
+    runs = read_runs(folder)
+    known = runs[runs["name"].isin(to_do)]["seconds"] / 60
     if known.empty:
         return f"{name}: {len(to_do)} runs to do; none of them has been measured."
     minutes = known.mean() * len(to_do)

@@ -159,7 +159,7 @@ class MultiCoilMRI(LinearOperator):
         check_shape(name, tensor, (batch if batch > 1 else None, channels, *self.maps.shape[-2:]))
 
     def expand(self, image: Tensor) -> Tensor:
-        """$S$: the image `(B, 1, H, W)` as each coil sees it, `(B, coils, H, W)`."""
+        """$S$: image `(B, 1, H, W)` to coil images `(B, coils, H, W)`."""
         self.check("image", image, 1)
         return self.maps * image
 

@@ -99,7 +99,7 @@ def image_rows(x_hat: Tensor, batch: Batch) -> list[dict]:
 # %% ../nbs/09_metrics.ipynb #c028
 @torch.no_grad()
 def evaluate(model: Callable, batches: Iterable[Batch], progress: bool = True) -> pd.DataFrame:
-    """PSNR (dB) and SSIM of every image of `model(y, A)`, which stays as it is; raises as `image_rows`."""
+    """PSNR (dB) and SSIM of every image of an unchanged `model(y, A)`; raises as `image_rows`."""
     rows, device = [], device_of(model)
     with evaluating(*[model] if isinstance(model, nn.Module) else []):
         for batch in tqdm(batches, desc="evaluating", leave=False, **({} if progress else {"disable": True})):

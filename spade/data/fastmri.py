@@ -119,7 +119,7 @@ def read_volume_header(path: str | Path) -> Volume:
 
 # %% ../../nbs/data/23_fastmri.ipynb #c018
 def of_contrast(volumes: Sequence[Volume], acquisition: str | None, error: type[Exception]) -> list[Volume]:
-    """The volumes of one contrast (None: all); raises `error` if there are none."""
+    """The volumes of one contrast (None: all); raises `error` without a match."""
     kept = [volume for volume in volumes if acquisition in (None, volume.acquisition)]
     if not kept:
         found = ", ".join(sorted({repr(volume.acquisition) for volume in volumes}))

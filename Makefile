@@ -68,7 +68,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 test: check-export check-clean check-types check-notebooks check-tests check-experiments
 	@echo "All checks passed."
 
-# spade/ must be what the notebooks export. After a difference the tree is in step: look at it and commit.
+# spade/ must equal the export of the notebooks. After a difference the files are updated: review and commit them.
 check-export: $(VENV)/.installed-dev
 	@before=$$(mktemp -d); trap 'rm -rf "$$before"' EXIT; cp -r spade "$$before"; $(BIN)/nbdev_export; \
 	diff -r -x __pycache__ "$$before/spade" spade || { echo "spade/ was not in step with nbs/; nbdev_export has just updated it"; exit 1; }

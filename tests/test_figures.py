@@ -24,13 +24,11 @@ from spade.figures import (  # noqa: E402
     MOST_BYTES,
     detail_window,
     evolution,
-    figure_1,
     figure_2,
     figure_3,
     figure_5,
     figure_7,
     figure_caption,
-    figure_steps,
     image_psnr,
     index_page,
     lost_over_seeds,
@@ -42,9 +40,30 @@ from spade.figures import (  # noqa: E402
 from spade.losses import STRATEGIES  # noqa: E402
 from spade.paper import NAMED_RATIO  # noqa: E402
 from spade.runs import Run  # noqa: E402
-from spade.tables import MRI_NETWORKS, each_seed, read_results, table_1, table_3, table_4, write_table, write_table_file  # noqa: E402
+from spade.tables import MRI_NETWORKS, each_seed, read_results, table_1, table_3, table_4, write_table, write_tidy  # noqa: E402
 
 OUTPUTS = Path(__file__).resolve().parents[1] / "outputs"
+EXPERIMENTS = OUTPUTS.parent / "nbs" / "experiments"
+
+
+def drawn_by(notebook: str, results=None):
+    """The figure that an experiment draws in its own cells; of some results in place of a folder's."""
+    names = {"seed": 0, "results": results}
+    for cell in nbformat.read(EXPERIMENTS / f"{notebook}.ipynb", as_version=4).cells:
+        reads_or_writes = any(word in cell.source for word in ("target", "folder ="))
+        if cell.cell_type == "code" and not reads_or_writes:
+            exec(cell.source.replace("results = read_results(folder, made)", ""), names)
+    return names["figure"]
+
+
+def figure_1():
+    return drawn_by("figure_1")
+
+
+def figure_steps(results):
+    return drawn_by("figure_steps", results)
+
+
 FIGURES = {
     "figure_1": lambda results: figure_1(),
     "figure_2": lambda results: figure_2(results.evolution),
@@ -277,13 +296,12 @@ def test_the_index_names_what_is_incomplete(out):
     for name in ("figure_3.png", "figure_7.png", "figure_2.png"):
         (out / name).touch()
     rows = [{"network": network, "ratio": ratio} for network in ("deq", "usrnet") for ratio in NAMED_RATIO]
-    write_table_file(
-        out / "evolution.csv.gz", pd.DataFrame([row for row in rows if row != {"network": "deq", "ratio": 0.2}])
-    )
+    write_tidy(out / "evolution.csv.gz", pd.DataFrame([row for row in rows if row != {"network": "deq", "ratio": 0.2}]))
     part = next(line for line in index_page(out, made=True).splitlines() if line.startswith("- Incomplete"))
     assert "Table 1 (no DEQ; VarNet without 37 of 41 numbers; no E2E-VarNet)" in part
     assert "Figure 3 (no DEQ; VarNet without 11 of 13 numbers; no E2E-VarNet)" in part
-    assert "Figure 7 (11 students missing)" in part and "Figure 2 (no DEQ at 35 %)" in part
+    assert "Figure 7 (no supervised; school without 3 of 4 students; no self-supervised)" in part
+    assert "Figure 2 (no DEQ at 35 %)" in part
     assert "Nothing of the paper is missing" not in index_page(out, made=True)
 
 
@@ -312,7 +330,7 @@ def complete(tmp_path) -> Path:
     for network in (*MRI_NETWORKS, "usrnet"):
         write_latency(tmp_path, network)
     rows = [{"network": network, "ratio": ratio} for network in ("deq", "usrnet") for ratio in NAMED_RATIO]
-    write_table_file(tmp_path / "evolution.csv.gz", pd.DataFrame(rows))
+    write_tidy(tmp_path / "evolution.csv.gz", pd.DataFrame(rows))
     for name in CONTENTS:
         (tmp_path / f"{name}{'.md' if name.startswith('table') else '.png'}").touch()
     return tmp_path
@@ -328,7 +346,7 @@ def test_the_index_calls_complete_what_is_complete(complete):
     shutil.rmtree(Run("usrnet", ratio=0.40, strategy="school").folder(complete))
     write_table(table_4(made(complete)), "", complete / "table_4")
     page = index_page(complete, made=True)
-    gaps = "Table 4 (×2 without 4 of 35 numbers; ×3 without 4 of 35 numbers), Figure 5 (1 student missing)"
+    gaps = "Table 4 (×2 without 4 of 35 numbers; ×3 without 4 of 35 numbers), Figure 5 (school without 1 of 4 students)"
     assert gaps in page and "Nothing of the paper" not in page
 
 
@@ -341,7 +359,7 @@ def test_figure_2_needs_no_device_without_weights(tmp_path, monkeypatch):
 
 
 def test_a_stored_evolution_stays_without_weights(tmp_path):
-    path = write_table_file(tmp_path / "evolution.csv.gz", pd.DataFrame({"network": ["deq"]}))
+    path = write_tidy(tmp_path / "evolution.csv.gz", pd.DataFrame({"network": ["deq"]}))
     before = path.read_bytes()
     assert write_evolution(load_config("smoke"), tmp_path).empty and path.read_bytes() == before
 

@@ -22,7 +22,6 @@ from spade.tables import (
     each_seed,
     over_seeds,
     printed_table,
-    read_metrics,
     read_results,
     table_1,
     table_3,
@@ -206,7 +205,7 @@ def test_no_column_compares_times_of_different_devices(out):
 
 def test_seeds_are_averaged_after_images(out):
     write_run(out, Run("varnet", 6, 0.40, "school", seed=1), 38.0, seed_shift=1.0)
-    means = over_seeds(each_seed(read_metrics(out, made=True)))
+    means = over_seeds(each_seed(made(out).metrics))
     row = means[(means["ratio"] == 0.40) & (means["metric"] == "psnr")].iloc[0]
     assert row["value"] == 38.5 and row["std"] == pytest.approx(np.sqrt(0.5))
 
@@ -222,7 +221,7 @@ def test_several_seeds_are_printed_as_mean_and_deviation(out, tmp_path):
 
 
 def test_table_3_takes_gains_seed_by_seed(three_seeds):
-    table = table_3(made(three_seeds), ["varnet"], ["supervised"])
+    table = table_3(made(three_seeds), ["varnet"])
     row, printed = table.iloc[-1], printed_table(table).iloc[-1]
     assert row["PSNR SPADE"] == pytest.approx(39.0) and row["PSNR SPADE (std)"] == pytest.approx(
         np.std([39, 40, 38], ddof=1)
@@ -268,7 +267,7 @@ def test_a_missing_seed_is_named_in_the_cell_and_in_the_caption(three_seeds, tmp
         and "seeds" not in printed.loc[0, "PSNR supervised"]
     )
     assert "3 seeds (fewer for some runs); CPU" in caption and "(2 of 3 seeds): incomplete average" in caption
-    third = printed_table(table_3(results, ["varnet"], ["supervised"])).iloc[-1]
+    third = printed_table(table_3(results, ["varnet"])).iloc[-1]
     assert "(2 of 3 seeds)" in third["PSNR SPADE"] and "(2 of 3 seeds)" in third["SSIM random"]
     assert third["PSNR Δ"] == "9.00 (1 of 3 seeds)"
     csv, markdown = write_table(table, caption, tmp_path / "t")

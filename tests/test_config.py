@@ -132,7 +132,7 @@ def test_an_unknown_configuration_names_the_known():
                     }
                 }
             },
-            "networks.varnet: unknown strategy of warm_start.finetuning 'school'",
+            "unknown strategy of networks.varnet.warm_start.finetuning 'school'",
         ),
         (
             {"networks": {"usrnet": {"warm_start": WARM}}},

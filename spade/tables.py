@@ -31,7 +31,7 @@ RUN_FIELDS: tuple[str, ...] = ("name", "network", "acceleration", "ratio", "stra
 
 
 def run_records(out: Path, names: Iterable[str] | None = None) -> list[dict]:
-    """One flat record per complete run below `out`/runs, all or those named; its means follow from its metrics."""
+    """A flat record per complete run below `out`/runs, all or those named; metrics give its means."""
     records = []
     for path in sorted((out / "runs").glob("*/result.json")):
         if names is None or path.parent.name in names:
@@ -50,7 +50,7 @@ def runs_text(records: list[dict]) -> str:
 
 # %% ../nbs/repro/34_tables.ipynb #c008
 def read_runs(out: str | Path, made: bool = False, names: Iterable[str] | None = None) -> pd.DataFrame:
-    """One row per complete run, all or those named: RUN_FIELDS and its facts, among them the dict `config`."""
+    """A row per complete run, all or those named: RUN_FIELDS and its facts, among them the dict `config`."""
     path = resolve(out) / "runs.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if not made and path.is_file() else ["{}"]
     shared, *own = [json.loads(line) for line in lines]
@@ -221,7 +221,7 @@ def cost_numbers(results: Results, settings: Iterable[int]) -> pd.DataFrame:
 
 # %% ../nbs/repro/34_tables.ipynb #c035
 def beside_paper(results: Results, table: int) -> pd.DataFrame:
-    """One row per number of a table of the paper, named `paper`; ours as value, std, seeds; by `block` of rows."""
+    """A row per number of a table of the paper: block, paper; and ours: value, std, seeds."""
     theirs = paper_numbers(table=table).rename(columns={"value": "paper"})
     costs = cost_numbers(results, theirs["setting"].unique())
     extra = costs[costs["metric"].str.endswith("_trained") & costs["network"].isin(theirs["network"])]

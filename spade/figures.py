@@ -222,7 +222,7 @@ Window = tuple[slice, slice]
 
 
 def detail_window(image: np.ndarray, share: float, inner: float = 1.0) -> Window:
-    """The square (`share` of the shorter side) that varies most in the object's middle (`inner` of its sides)."""
+    """The square (`share` of the shorter side) that varies most in the middle (`inner`) of the object."""
     image = image.mean(axis=-1) if image.ndim == 3 else image
     side = max(4, int(share * min(image.shape)))
     energy = sum(np.square(part) for part in np.gradient(image))

@@ -72,7 +72,7 @@ def device_of(model: Callable) -> torch.device:
 
 
 def on_device(A: nn.Module, device: torch.device | str) -> nn.Module:  # `A` itself if all of it is there, else a copy
-    """The operator on `device`; `A` stays where it is."""
+    """The operator on `device`; `A` itself is not moved."""
     device = torch.empty(0, device=device).device  # "cuda" with its number
     if all(tensor.device == device for tensor in (*A.parameters(), *A.buffers())):
         return A

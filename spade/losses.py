@@ -208,7 +208,7 @@ class Strategy:
         raise NotImplementedError
 
     def to(self, device: torch.device) -> "Strategy":
-        """Move what the strategy computes with."""
+        """Move the networks and tensors of the strategy to `device`."""
         return self
 
 
@@ -224,7 +224,7 @@ class Supervised(Strategy):
 
 # %% ../nbs/07_losses.ipynb #c079
 class School(Strategy):
-    """Eq. 8, with a frozen copy of the teacher and a memory of its reconstructions."""
+    """Eq. 8, with a frozen copy of the teacher and a cache of its reconstructions."""
 
     name = "school"
 
@@ -254,7 +254,7 @@ class School(Strategy):
 
 # %% ../nbs/07_losses.ipynb #c082
 class SelfSupervised(Strategy):
-    """Eq. 9, with the choices of `self_supervised_loss`; `flips` counts among them only if it is given."""
+    """Eq. 9, with the choices of `self_supervised_loss`; `flips` is among its settings only if given."""
 
     name = "self-supervised"
 

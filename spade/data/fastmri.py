@@ -171,7 +171,7 @@ def has_gaps(kspace: Tensor) -> bool:
 
 # %% ../../nbs/data/23_fastmri.ipynb #c029
 def kspace_doubt(kspace: Tensor, reach: float = 0.1) -> str:
-    """What is unusual about k-space `(coils, rows, W)`; "" where its energy lies at the centre, as usual."""
+    """Description of a fault of k-space `(coils, rows, W)`; "" if its energy lies at the centre."""
     energy, image = kspace.abs().square().sum(dim=0), root_sum_of_squares(kspace)
     peak, axes = divmod(int(energy.argmax()), energy.shape[1]), ("rows", "columns")
     sizes = list(zip(axes, peak, energy.shape, strict=True))
@@ -285,7 +285,7 @@ def coil_combine(kspace: Tensor, maps: Tensor) -> Tensor:
 
 # %% ../../nbs/data/23_fastmri.ipynb #c052
 def cropped(volume: Volume, rows: int | None) -> Volume:
-    """The volume with an image of `rows` rows; None leaves it as its header says."""
+    """The volume with an image of `rows` rows; None: the rows of its header."""
     if rows is not None and (isinstance(rows, bool) or not isinstance(rows, Integral)):
         raise TypeError(f"crop must be a whole number of rows, got {rows!r}.")
     if rows is not None and not 1 <= rows <= volume.rows:
@@ -317,7 +317,7 @@ def examined(volume: Volume) -> Volume:
 class MultiCoilSlices(Dataset):
     """The slices of fastMRI multi-coil files as measurements, undersampled unless the file already is.
 
-    Raises `ValueError` or `TypeError` for other files or contrasts, and for settings that make no measurement."""
+    Raises `ValueError` or `TypeError` for other files or contrasts, and for invalid settings."""
 
     def __init__(
         self,
@@ -359,7 +359,7 @@ class MultiCoilSlices(Dataset):
         return volume.coils, volume.height, volume.columns
 
     def bucket(self, i: int) -> tuple[int, ...]:
-        """What slices of one batch share: the shape, and whether there is a reference."""
+        """Key of slices that may share a batch: the shape, and whether a reference exists."""
         return *self.shape(i), int(self.index[i][0].has_mask)
 
     def mask(self, volume: Volume) -> Tensor:
@@ -399,13 +399,13 @@ class MultiCoilSlices(Dataset):
     collate = staticmethod(stack_slices)
 
     def measurements(self) -> "MultiCoilSlices":
-        """The same slices without reference: what may be used at test time."""
+        """The same slices without reference, for use at test time."""
         view = object.__new__(MultiCoilSlices)
         view.__dict__.update(self.__dict__, ground_truth=False, kept={})
         return view
 
     def prepare(self, progress: bool = True) -> "MultiCoilSlices":
-        """Make all coil maps now, with a progress bar, rather than when a slice is first read."""
+        """Compute all coil maps in advance, with a progress bar."""
         for i in tqdm(range(len(self)), desc="coil maps", **({} if progress else {"disable": True})):
             self.measurement(i, read_slice(*self.index[i]))
         return self

@@ -178,7 +178,7 @@ class Photographs(Dataset):
         return 3, self.sizes[file][0] // scale, self.sizes[file][1] // scale
 
     def bucket(self, i: int) -> tuple[int, ...]:
-        """What measurements of one batch must agree in: scale and shape."""
+        """Key of measurements that may share a batch: scale and shape."""
         return self.index[i][2], *self.shape(i)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class Photographs(Dataset):
         return item | {"x": x} if self.ground_truth else item
 
     def measurements(self) -> "Photographs":
-        """The same measurements without references: what may be used at test time."""
+        """The same measurements without references, for use at test time."""
         view = object.__new__(Photographs)
         view.__dict__.update(self.__dict__, ground_truth=False)
         return view
@@ -215,7 +215,7 @@ class Crops(Dataset):
         return self.length
 
     def bucket(self, i: int) -> tuple[int, ...]:
-        """What items of one batch must agree in: the scale, and with it the side of the image in pixels."""
+        """Key of items that may share a batch: the scale, and with it the side of the image in pixels."""
         if not 0 <= i < self.length:
             raise IndexError(f"item {i} of {self.length}")
         scale = self.scales[i % len(self.scales)]
@@ -301,5 +301,5 @@ class MeasurementCrops(Crops):
         return item | {"y": BlurDownsample(item["kernel"][None], scale)(part)[0]}
 
     def measurements(self) -> "MeasurementCrops":
-        """Itself: there are no references to leave out."""
+        """The dataset itself, which has no references."""
         return self

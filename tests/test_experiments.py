@@ -57,7 +57,7 @@ def papermill(
 ) -> subprocess.CompletedProcess:
     """The call of a run's notebook, as the workflow makes it."""
     parameters = yaml.safe_dump({**run_parameters(run, load_config(config), str(out), data), **more})
-    executed, notebook = run.folder(out) / "run.ipynb", ROOT / "nbs" / "experiments" / f"{run.notebook}.ipynb"
+    executed, notebook = run.folder(out) / "run.ipynb", f"nbs/experiments/{run.notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "papermill", notebook, executed, "-y", parameters, "--no-progress-bar"]
     quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}

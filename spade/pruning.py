@@ -174,7 +174,8 @@ def read_channels(function: Any) -> list[list[tuple[int, int]]]:
         grads = function(one.view(-1, *[1] * (rank - 2)).expand(meta.shape))
         for found, grad in zip(pairs, grads if isinstance(grads, tuple) else (grads,)):
             if grad is not None:
-                read = grad.ne(0).reshape(*grad.shape[:2], -1).any(2).any(0).nonzero().flatten().tolist()
+                once = [slice(1 if a != 1 and step == 0 else None) for a, step in enumerate(grad.stride())]  # of equals
+                read = grad[tuple(once)].ne(0).transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
                 found += [(j, c) for j in ([c, c + width] if "Glu" in function.name() else read)]
     return pairs
 
@@ -513,8 +514,8 @@ def explain(cnn: nn.Module, example: tuple | dict, ignored: list[nn.Module], rat
             return str(error), roots
         return "", roots
 
-    why, roots = attempt()
-    first = why
+    first, roots = attempt()
+    why = first
     while why and (root := next((r for r in roots if r not in passed), "")) and time.process_time() < deadline:
         passed.add(root)
         if text := attempt(root)[0]:

@@ -96,8 +96,7 @@ class ChannelGraph(tp.DependencyGraph):
         super().__init__()
         self.deadline = time.process_time() + TIME_LIMIT
         self.functions: dict[Any, Any] = {}
-        self.names: dict[Any, str] = {p: name for name, p in module.named_parameters()}
-        self.names |= {m: name for name, m in module.named_modules()}
+        self.names: dict[Any, str] = {m: name for name, m in [*module.named_parameters(), *module.named_modules()]}
         single = [m for m in module.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]
         forward = lambda m, e: [t for t in outputs_of(m, e) if t.grad_fn is not None]
         self.build_dependency(module, example, forward, ignored_layers=single, verbose=False)
@@ -145,11 +144,9 @@ def filter_l1(member: Member) -> Tensor | None:
     weight = getattr(member.module, "weight", None)
     if weight is None:  # a norm without affine parameters
         return None
-    axis = filter_axis(member.module, member.side)
     weight = weight.detach().cpu().to(torch.complex128 if weight.is_complex() else torch.float64)
-    other_axes = [a for a in range(weight.ndim) if a != axis]
-    norms = weight.abs().sum(dim=other_axes) if other_axes else weight.abs()
-    return norms[member.channels]
+    other_axes = [a for a in range(weight.ndim) if a != filter_axis(member.module, member.side)]
+    return (weight.abs().sum(dim=other_axes) if other_axes else weight.abs())[member.channels]
 
 # %% ../nbs/06_pruning.ipynb #c024
 def group_l1(members: Sequence[Member], num_channels: int) -> Tensor:
@@ -208,13 +205,11 @@ def unlink_untied(graph: ChannelGraph) -> None:
 def link(source: Any, target: Any, nth: int, slots: tuple[int, int], pairs: list[tuple[int, int]]) -> None:
     """Map the channels along the nth edge from `source` to `target` (first slot) and back (second slot)."""
     for a, b, slot, table in ((source, target, slots[0], pairs), (target, source, slots[1], [p[::-1] for p in pairs])):
-        mapped = defaultdict[int, list[int]](list)
+        maps = defaultdict[int, list[int]](list)
         for i, j in table:
-            mapped[i].append(j)
+            maps[i].append(j)
         for edge in [dep for dep in a.dependencies if dep.target is b][nth : nth + 1]:
-            edge.index_mapping[slot] = lambda idxs, to=mapped: [
-                *{i._replace(idx=j): j for i in idxs for j in to[i.idx]}
-            ]
+            edge.index_mapping[slot] = lambda idxs, to=maps: [*{i._replace(idx=j): j for i in idxs for j in to[i.idx]}]
 
 # %% ../nbs/06_pruning.ipynb #c034
 REORDERING = re.compile("PixelShuffle|PixelUnshuffle|Flip|Roll|IndexSelect|IndexBackward|Repeat|Glu")  # of autograd
@@ -239,8 +234,7 @@ def map_channels(graph: ChannelGraph) -> None:
                 continue
             if before in splits:
                 parts = [m.shape[1] for m in before._input_metadata]
-                offset = sum(parts[:part])
-                link(source, node, seen[source, node], (0, 2), [(offset + j, j) for j in range(parts[part])])
+                link(source, node, seen[source, node], (0, 2), [(sum(parts[:part]) + j, j) for j in range(parts[part])])
             if function in pairs:
                 link(source, node, seen[source, node], (1, 1), pairs[function][n])
             seen[source, node] += 1
@@ -285,18 +279,16 @@ def plan_group(group: tp.dependency.Group, graph: ChannelGraph, ratio: float) ->
     """Score one layer group and choose the channels to remove; nothing is modified."""
     root, width, members = group[0].dep.target.module, len(group[0].idxs), members_of(group, graph)
     cut = lambda channels: tied_to(root, channels, graph)
-    units = [[k] for k in range(width)]
     for joined in (False, True):
+        units = tied_units(cut, width) if joined else [[k] for k in range(width)]
         if joined:
-            units = tied_units(cut, width)
             unit_of: dict[Any, dict[int, int]] = {}
             for u, m in ((u, m) for u, unit in enumerate(units) for m in cut(unit)):
                 unit_of.setdefault((m.module, m.side), {}).update(dict.fromkeys(m.channels.tolist(), u))
             ends = [(m, unit_of[m.module, m.side]) for m in members]
             members = [replace(m, channels=torch.tensor([*of]), k=torch.tensor([*of.values()])) for m, of in ends]
         check_members(members, graph)
-        after = width_after(len(units), ratio)
-        if after < 1:
+        if (after := width_after(len(units), ratio)) < 1:
             raise ValueError(f"ratio {ratio:g} leaves none of the {len(units)} channels of layer {members[0].name!r}")
         plan = Plan(members, units, group_l1(members, len(units)), len(units) - after)
         planned = {(m.module, m.side): plan.lost(m) for m in members if plan.lost(m)}
@@ -368,8 +360,7 @@ def cut_groups(module: nn.Module, plans: Sequence[Plan]) -> None:
             owner, _, attribute = m.name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, result)
         for name in ("running_mean", "running_var"):  # Torch-Pruning forgets those of an instance norm
-            value = getattr(m.module, name, None)
-            if value is not None and len(value) != m.module.num_features:
+            if (value := getattr(m.module, name, None)) is not None and len(value) != m.module.num_features:
                 setattr(m.module, name, value[[c for c in range(len(value)) if c not in lost]])
 
 # %% ../nbs/06_pruning.ipynb #c048
@@ -443,19 +434,16 @@ class LayerGroup:
 
 def record(plan: Plan) -> LayerGroup:
     """The entry of the report for one plan; every channel of a unit has the unit's score."""
-    unit_scores = {c: score for unit, score in zip(plan.units, plan.scores.tolist()) for c in unit}
+    scores = [s for _, s in sorted((c, s) for unit, s in zip(plan.units, plan.scores.tolist()) for c in unit)]
     layers = tuple((m.name, m.side) for m in plan.members if filter_l1(m) is not None)
-    root, scores = plan.members[0], tuple(unit_scores[c] for c in sorted(unit_scores))
-    lost = tuple(plan.lost(root))
-    return LayerGroup(root.name, layers, scores, lost, len(scores), len(scores) - len(lost))
+    lost = tuple(plan.lost(plan.members[0]))
+    return LayerGroup(plan.members[0].name, layers, tuple(scores), lost, len(scores), len(scores) - len(lost))
 
 # %% ../nbs/06_pruning.ipynb #c055
 def prune_prior(
     module: nn.Module, example: tuple | dict, ignored: list[nn.Module], ratio: float, check: bool = True, only: str = ""
 ) -> tuple[list[LayerGroup], dict[str, str]]:
-    """Prune one CNN (or the group of its layer `only`) in place; raises `ValueError` if it fails.
-
-    Returns the groups of the report, and why other layers keep their width."""
+    """Prune one CNN (or the group of layer `only`) in place: (groups, kept); raises `ValueError`."""
     put_back = fold_weight_norms(module)
     zeroed = copy.deepcopy(module) if check else None  # so far unchanged
     with torch.no_grad():
@@ -514,16 +502,14 @@ def explain(cnn: nn.Module, example: tuple | dict, ignored: list[nn.Module], rat
             return str(error), roots
         return "", roots
 
-    first, roots = attempt()
-    why = first
+    why, roots = attempt()
     while why and (root := next((r for r in roots if r not in passed), "")) and time.process_time() < deadline:
         passed.add(root)
         if text := attempt(root)[0]:
             reasons[root] = text
             why, roots = attempt()
-    listed = [f"layer {name!r}: {text}" for name, text in reasons.items()]
-    advice = why or f"add {', '.join(map(repr, reasons))} to ignored_layers"
-    return "; ".join([*listed, advice]) if reasons else first
+    advice = why or (f"add {', '.join(map(repr, reasons))} to ignored_layers" if reasons else "")
+    return "; ".join([*(f"layer {name!r}: {text}" for name, text in reasons.items()), advice])
 
 # %% ../nbs/06_pruning.ipynb #c063
 Prior = tuple[nn.Module, Any, Any]  # (cnn, example: a tensor, tuple or dictionary, ignored_layers: a layer or a list)
@@ -571,11 +557,9 @@ def list_priors(teacher: nn.Module, priors: Iterable[Prior] | None) -> list[tupl
     for cnn, example, ignored in map(as_triple, own() if priors is None else priors):
         if outside := [type(m).__name__ for m in (cnn, *ignored) if m not in names]:
             raise ValueError(f"a {outside[0]} named in priors is not part of {kind}.")
-        weight = next(cnn.parameters(), None)
-        if weight is None:
+        if (weight := next(cnn.parameters(), None)) is None:
             raise ValueError(f"a {type(cnn).__name__} named in priors must be a CNN, got a module without weights.")
-        shared = [names[m] for m in found if m is not cnn and set(m.modules()) & set(cnn.modules())]
-        if shared:
+        if shared := [names[m] for m in found if m is not cnn and set(m.modules()) & set(cnn.modules())]:
             pair = f"{shared[0]!r} and {names[cnn]!r} share layers, which would be cut twice"
             raise ValueError(f"the priors {pair}; name one CNN that holds them.")
         found[cnn] = (names[cnn], cnn, adapted(example, weight), [layer for m in ignored for layer in m.modules()])
@@ -626,13 +610,11 @@ class PruningReport:
         frame["smallest_kept"] = [min(s for k, s in enumerate(g.scores) if k not in g.removed) for g in self.groups]
         return frame["group layers before after removed largest_removed smallest_kept".split()]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         before, after = self.parameters_before, self.parameters_after
         removed, speed_up = 1 - after / before, self.macs_before / max(self.macs_after, 1)
         text = f"ratio {self.ratio:g}: {len(self.groups)} layer groups, parameters {before:,} → {after:,}"
         return f"{text} (−{removed:.0%}), multiply-accumulates ÷ {speed_up:.2f}"
-
-    __repr__ = __str__
 
 # %% ../nbs/06_pruning.ipynb #c077
 def prune(
@@ -651,9 +633,8 @@ def prune(
     student, copies = copy_model(teacher)
     report = PruningReport(ratio, parameters_before=count_parameters(student))
     for name, original, example, ignored in found:
-        cnn, prefix = copies[id(original)], f"{name}." if name else ""
+        cnn, label, prefix = copies[id(original)], name or type(original).__name__, f"{name}." if name else ""
         args, keywords = ((), example) if isinstance(example, dict) else (example, {})
-        label = name or type(original).__name__
         try:
             report.macs_before += count_macs(cnn, *args, **keywords)
         except Exception as error:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PAGE', 'COLORS', 'Style', 'MOST_BYTES', 'EVOLVING', 'TEXT', 'FRAME', 'Window', 'UNLEARNT', 'Cell', 'CONTENTS',
            'PICTURED', 'print_style', 'panels', 'with_fixed_layout', 'write_figure', 'evolution', 'image_psnr',
-           'stored_networks', 'write_evolution', 'figure_2', 'lost_over_seeds', 'paper_seeds', 'figure_3',
-           'detail_window', 'white_level', 'write_scores', 'draw_frame', 'enlarge', 'error_map', 'error_limit',
-           'error_bar', 'draw_pictures', 'reference_pictures', 'students_of', 'figure_7', 'draw_photo', 'figure_5',
-           'figure_caption', 'shown_parts', 'gaps_of', 'index_page', 'write_index']
+           'stored_networks', 'write_evolution', 'figure_2', 'lost_over_seeds', 'figure_3', 'detail_window',
+           'white_level', 'write_scores', 'draw_frame', 'enlarge', 'error_map', 'error_limit', 'error_bar',
+           'draw_pictures', 'reference_pictures', 'students_of', 'figure_7', 'draw_photo', 'figure_5', 'figure_caption',
+           'shown_parts', 'gaps_of', 'index_page', 'write_index']
 
 # %% ../nbs/repro/35_figures.ipynb #c003
 from collections.abc import Iterable, Iterator
@@ -118,11 +118,10 @@ EVOLVING: dict[str, str] = {"deq": "supervised", "usrnet": "school"}
 
 def stored_networks(config: Config, out: str | Path, teacher: Run, strategy: str) -> dict[float, Path]:
     """Checkpoints of the teacher and of the students of one strategy, by ratio, that exist."""
-    paths = {}
+    students = [replace(teacher, ratio=ratio, strategy=strategy) for ratio in config.ratios]
+    paths = {run.ratio: run.folder(out) / "network.safetensors" for run in students}
     with suppress(FileNotFoundError):
-        paths[0.0] = find_teacher(teacher, config, out)
-    for run in [replace(teacher, ratio=ratio, strategy=strategy) for ratio in config.ratios]:
-        paths[run.ratio] = run.folder(out) / "network.safetensors"
+        paths = {0.0: find_teacher(teacher, config, out), **paths}
     return {ratio: path for ratio, path in paths.items() if path.is_file()}
 
 
@@ -184,17 +183,13 @@ def lost_over_seeds(seeds: pd.DataFrame, network: str, acceleration: int, strate
     names = [f"{NAMED_RATIO[ratio]} %" for ratio in lost.index]
     return pd.DataFrame({"mean": lost.mean(axis=1), "std": lost.std(axis=1)}).set_axis(names)
 
-
-def paper_seeds() -> pd.DataFrame:
-    """PSNR in the paper's Tables 1, 2 and 5 in the form of `each_seed`, as one seed."""
-    rows = paper_numbers(metric="psnr").query("table != 3")
-    return rows.rename(columns={"network": "model", "setting": "acceleration"}).assign(seed=0)
-
 # %% ../nbs/repro/35_figures.ipynb #c022
 @print_style()
 def figure_3(results: Results, networks: Iterable[str] = MRI_NETWORKS, acceleration: int = 6) -> Figure:
     """PSNR lost (%) by ratio and strategy: ours filled, ± one standard deviation; the paper's hollow."""
     networks, seeds = list(networks), each_seed(results.metrics)
+    printed = paper_numbers(metric="psnr").query("table != 3").assign(seed=0)
+    printed = printed.rename(columns={"network": "model", "setting": "acceleration"})
     figure, axes = panels(1, len(networks), 2.4, sharey=True)
     for axis, network in zip(axes[0], networks):
         for strategy, marker in zip(STRATEGIES, "os^"):
@@ -203,7 +198,7 @@ def figure_3(results: Results, networks: Iterable[str] = MRI_NETWORKS, accelerat
             axis.plot(ours["mean"], label=strategy, **style)
             if ours["std"].notna().any():
                 axis.errorbar(ours.index, *ours.to_numpy().T, fmt="none", color=COLORS[strategy], capsize=3, lw=1)
-            paper = lost_over_seeds(paper_seeds(), network, acceleration, strategy)
+            paper = lost_over_seeds(printed, network, acceleration, strategy)
             axis.plot(paper["mean"], ls=":", lw=1, alpha=0.8, markerfacecolor="none", **style)
         axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         axis.set(title=LABEL[network], xlabel="parameters removed")
@@ -418,8 +413,7 @@ def figure_caption(results: Results, stem: str) -> str:
 
 # %% ../nbs/repro/35_figures.ipynb #c043
 #: figure with pictures -> strategies that it shows
-PICTURED: dict[str, Iterable[str]] = dict.fromkeys(("figure_6", "figure_7", "figure_8"), STRATEGIES)
-PICTURED["figure_5"] = ["school"]
+PICTURED: dict[str, Iterable[str]] = {"figure_5": ["school"], **{f"figure_{n}": STRATEGIES for n in (6, 7, 8)}}
 
 
 def shown_parts(results: Results, stem: str) -> list[tuple[str, bool, bool]]:

@@ -345,8 +345,8 @@ def photo_lines(runs: pd.DataFrame, run: dict) -> tuple[str, str]:
     """Test photographs, and how they were measured, from the facts of a run of super-resolution."""
     weights = sorted({name for name in runs[runs["strategy"] == ""]["loaded"].dropna() if name})
     centre = f", centre {run['tile']}×{run['tile']} pixels" if run["tile"] else ""
-    kernels = f"the {run['kernels']} of {run['kernels_from']}" if run["kernels_from"] else ""
-    kernels = kernels or f"{run['kernels']} of this package (8 Gaussian, 4 motion)"
+    source = run["kernels_from"] or "this package (8 Gaussian, 4 motion)"
+    kernels = f"{'the ' if run['kernels_from'] else ''}{run['kernels']} of {source}"
     pairing = "all blur kernels" if run["pairing"] == "all" else "one blur kernel in turn"
     loaded = f"; weights of the unpruned network from {', '.join(weights)}" if weights else ""
     tested = f"{run['photographs']} test photographs{centre}{loaded}"
@@ -390,11 +390,10 @@ def made_on(results: Results) -> list[str]:
 # %% ../nbs/repro/34_tables.ipynb #c059
 def timing_line(results: Results, networks: Iterable[str]) -> str:
     """Caption line on what was timed; times on different devices are not to be compared."""
-    sizes = {"paper": "the paper's size", "config": "the config's size"}
     timed = results.latency.drop_duplicates("network").set_index("network").reindex(networks).dropna(how="all")
     if timed.empty:
         return "- Timing: not measured."
-    what = timed["size"].map(sizes) + ", " + timed["input"] + ", " + timed["device"]
+    what = "the " + timed["size"] + "'s size, " + timed["input"] + ", " + timed["device"]
     names = what.index.map(LABEL).to_series(what.index).groupby(what, sort=False).agg(", ".join)
     text = "; ".join(f"{name}: {size}" for size, name in names.items())
     return f"- Timing and # Params: {text}; the paper: RTX A6000. Trained: the network that gave PSNR and SSIM."

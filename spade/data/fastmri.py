@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Volume', 'header_numbers', 'measured_columns', 'dataset_of', 'kspace_shape', 'as_complex', 'read_volume_header',
            'of_contrast', 'find_files', 'read_slice', 'filled_slices', 'filled_columns', 'has_gaps', 'kspace_doubt',
-           'file_mask', 'subject_mask', 'low_resolution', 'measurement_scale', 'save_maps', 'load_maps', 'cached_maps',
+           'file_mask', 'subject_mask', 'low_resolution', 'measurement_scale', 'load_maps', 'cached_maps',
            'check_coverage', 'coil_combine', 'cropped', 'stack_slices', 'examined', 'MultiCoilSlices', 'split_subjects']
 
 # %% ../../nbs/data/23_fastmri.ipynb #c003
@@ -51,13 +51,10 @@ class Volume(NamedTuple):
 # %% ../../nbs/data/23_fastmri.ipynb #c010
 def header_numbers(header: bytes | str) -> dict[str, int]:
     """Rows, encoded columns, centre, last line and coils of an ISMRMRD header, as far as it holds them."""
-    where = {
-        "height": "encoding/reconSpace/matrixSize/x",
-        "encoded": "encoding/encodedSpace/matrixSize/y",
-        "centre": "encoding/encodingLimits/kspace_encoding_step_1/center",
-        "last": "encoding/encodingLimits/kspace_encoding_step_1/maximum",
-        "coils": "acquisitionSystemInformation/receiverChannels",
-    }
+    limits = "encoding/encodingLimits/kspace_encoding_step_1/"
+    where = {"height": "encoding/reconSpace/matrixSize/x", "encoded": "encoding/encodedSpace/matrixSize/y"}
+    where |= {"centre": f"{limits}center", "last": f"{limits}maximum"}
+    where |= {"coils": "acquisitionSystemInformation/receiverChannels"}
     root = ElementTree.fromstring(header)
     found = {name: root.findtext("{*}" + path.replace("/", "/{*}")) for name, path in where.items()}
     return {name: int(text) for name, text in found.items() if text is not None}
@@ -211,8 +208,7 @@ def file_mask(volume: Volume) -> Tensor:
 def subject_mask(volume: Volume, seed: int, **sampling: Any) -> Tensor:
     """Equispaced columns and the ACS block, bool `(W,)`; the first line is drawn from seed and subject."""
     mask = equispaced_mask(volume.columns, generator=seeded("mask", seed, volume.subject), **sampling)
-    mask[: volume.measured.start] = False
-    mask[volume.measured.stop :] = False
+    mask[: volume.measured.start] = mask[volume.measured.stop :] = False
     return mask
 
 # %% ../../nbs/data/23_fastmri.ipynb #c039
@@ -230,12 +226,6 @@ def measurement_scale(kspace: Tensor, acs: slice) -> float:
     return low_resolution(kspace, acs).max().item()
 
 # %% ../../nbs/data/23_fastmri.ipynb #c042
-def save_maps(path: Path, maps: Tensor) -> None:
-    """Write complex64 maps behind a digest of their bytes; atomic."""
-    content = maps.numpy().tobytes()
-    atomic_write(path, lambda part: part.write_bytes(hashlib.sha256(content).digest() + content))
-
-
 def load_maps(path: Path, shape: Sequence[int]) -> Tensor | None:
     """Maps of the given `(coils, H, W)` from the cache; None if absent, damaged or of another size."""
     try:
@@ -259,11 +249,13 @@ def cached_maps(kspace: Tensor, acs: slice, folder: Path | None, name: str, sett
         if (maps := load_maps(path, kspace.shape)) is not None:
             return maps
     maps = espirit(kspace[None], acs, **settings)[0]
+    content = maps.numpy().tobytes()  # written behind its digest
+    write = lambda part: part.write_bytes(hashlib.sha256(content).digest() + content)
     try:
-        save_maps(folder / file, maps)
+        atomic_write(folder / file, write)
     except OSError as error:
         warnings.warn(f"{folder} cannot be written ({error.strerror}); coil maps are kept in {other}.", stacklevel=2)
-        save_maps(other / file, maps)
+        atomic_write(other / file, write)
     return maps
 
 # %% ../../nbs/data/23_fastmri.ipynb #c046
@@ -303,9 +295,7 @@ def stack_slices(items: Sequence[dict[str, Any]]) -> Batch:
 def examined(volume: Volume) -> Volume:
     """The volume, marked as undersampled where its k-space has gaps; warns of unusual k-space."""
     kspace = read_slice(volume, volume.slices // 2)
-    if not kspace.any():
-        return volume
-    if doubt := kspace_doubt(kspace):
+    if kspace.any() and (doubt := kspace_doubt(kspace)):
         warnings.warn(f"{volume.path}: {doubt}", stacklevel=3)
     if volume.has_mask or not has_gaps(kspace):
         return volume
@@ -386,8 +376,7 @@ class MultiCoilSlices(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         if i in self.kept:
             return dict(self.kept[i])
-        volume, number = self.index[i]
-        kspace = read_slice(volume, number)
+        volume, kspace = self.index[i][0], read_slice(*self.index[i])
         item = self.measurement(i, kspace)
         if self.ground_truth and not volume.has_mask:
             item["x"] = coil_combine(crop_readout(kspace, volume.height), item["maps"]) / item["scale"]

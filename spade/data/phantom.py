@@ -208,13 +208,11 @@ def vessels(shape: Sequence[int], step: float, generator: Generator) -> Tensor:
     return F.conv2d(spots, kernel[None, None, :, None], padding="same")[0]
 
 # %% ../../nbs/data/22_phantom.ipynb #c045
-def magnitude_image(
-    fractions: dict[str, Tensor], signal: dict[str, float], step: float, generator: Generator
-) -> Tensor:
+def magnitude_image(tissues: dict[str, Tensor], signal: dict[str, float], step: float, generator: Generator) -> Tensor:
     """The T2-weighted signal `(H, W)`, not negative, with texture and vessels."""
-    shape = fractions["white"].shape
-    plain = sum(signal[name] * fraction for name, fraction in fractions.items())
-    solid = 1 - 0.6 * fractions["fluid"]  # fluid is nearly uniform
+    shape = tissues["white"].shape
+    plain = sum(signal[name] * fraction for name, fraction in tissues.items())
+    solid = 1 - 0.6 * tissues["fluid"]  # fluid is nearly uniform
     return plain * ((1 + texture(shape, step, generator)) * (1 + vessels(shape, step, generator) * solid)).clamp(min=0)
 
 # %% ../../nbs/data/22_phantom.ipynb #c049
@@ -357,11 +355,10 @@ def write_acquisition(path: Path, job: Acquisition) -> Path:
     """Write one subject's slices as fastMRI does, atomically; `FileExistsError` for a foreign file."""
 
     def write(part: Path) -> None:
-        kspace, scan = np.stack([one.numpy() for one in job.slices()]), job.scan
-        images = [root_sum_of_squares(crop_readout(torch.from_numpy(one), scan.shape[0])) for one in kspace]
-        rss = torch.stack(images).numpy()
+        kspace, scan = torch.stack(list(job.slices())), job.scan
+        rss = torch.stack([root_sum_of_squares(crop_readout(one, scan.shape[0])) for one in kspace]).numpy()
         with h5py.File(part, "w", libver="latest") as file:  # whose metadata have checksums
-            for name, values in (("kspace", kspace), ("reconstruction_rss", rss)):
+            for name, values in (("kspace", kspace.numpy()), ("reconstruction_rss", rss)):
                 file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]), fletcher32=True)
             file["ismrmrd_header"] = ismrmrd_header(scan.shape, scan.num_coils, scan.oversampling)
             about = dict(acquisition="AXT2", patient_id=job.patient_id, spade_key=job.key, spade_simulated=True)
@@ -395,10 +392,9 @@ def open_hdf5(path: str | Path, expected: str = "a fastMRI multi-coil HDF5 file"
         return h5py.File(path, "r")
     except OSError as error:
         reason = str(error).splitlines()[0]
-        if "unable to lock" in reason:
-            hint = "close it, or set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
-            raise ValueError(f"{path} is locked by another program: {hint}.") from None
-        raise ValueError(f"{path} is not a readable HDF5 file, or was cut short ({reason}).") from None
+        locked = "is locked by another program: close it, or set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
+        fault = locked if "unable to lock" in reason else f"is not a readable HDF5 file, or was cut short ({reason})"
+        raise ValueError(f"{path} {fault}.") from None
 
 # %% ../../nbs/data/22_phantom.ipynb #c084
 def find_dataset(file: h5py.File, name: str | None) -> h5py.Dataset:
@@ -461,8 +457,7 @@ def read_own_images(images: Images, indices: Sequence[int]) -> Tensor:
     peak = values.abs().amax(dim=(1, 2))
     for index, maximum in zip(indices, peak.tolist(), strict=True):
         if not 0 < maximum < math.inf:
-            found = "zero everywhere" if maximum == 0 else "not finite (NaN or infinity)"
-            raise ValueError(f"image {index} in {images.path} is {found}.")
+            raise ValueError(f"image {index} in {images.path} is {'not finite' if maximum else 'zero everywhere'}.")
     return values / peak.max()
 
 # %% ../../nbs/data/22_phantom.ipynb #c090

@@ -100,11 +100,10 @@ def check_scales(scales: Sequence[int] | int) -> tuple[int, ...]:
     return tuple(map(int, found))
 
 
-def check_room(path: Path, found: tuple[int, ...], needed: tuple[int, ...], what: str) -> tuple[int, ...]:
-    """`found`, (H, W) of a photograph; raises `ValueError` if it is smaller than `needed` for `what`."""
-    if found[0] < needed[0] or found[1] < needed[1]:
-        size = f"{needed[0]}×{needed[1]}"
-        raise ValueError(f"{path} must hold the {size} pixels of the {what}, got {found[0]}×{found[1]}.")
+def check_room(path: Path, found: tuple[int, ...], least: tuple[int, ...], what: str) -> tuple[int, ...]:
+    """`found`, (H, W) of a photograph; raises `ValueError` if it is smaller than `least` for `what`."""
+    if found[0] < least[0] or found[1] < least[1]:
+        raise ValueError(f"{path} must hold the {least[0]}×{least[1]} pixels of the {what}, got {found[0]}×{found[1]}.")
     return found
 
 
@@ -276,8 +275,7 @@ def preimage(y: Tensor, A: BlurDownsample, weight: float = 1e-4) -> Tensor:
 class MeasurementCrops(Crops):
     """Measurements of random square parts of what `photographs` measure; references are not used.
 
-    `crop` is the side of the *reconstruction* in pixels; `remember` preimages are kept in memory.
-    """
+    `crop` is the side of the *reconstruction* in pixels; `remember` preimages are kept in memory."""
 
     def __init__(self, photographs: Photographs, length: int, crop: int = 96, seed: int = 0, remember: int = 256):
         self.source = photographs.measurements()

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,7 @@ def weights_key(state: dict[str, Tensor]) -> str:
 
 def network_identity(model: nn.Module, name: str) -> dict[str, Any]:
     """Class, weights and arguments (from `config`, if there is one) of a network as JSON."""
-    config: Any = getattr(model, "config", dict)
-    plain = json.loads(json.dumps(config(), default=lambda value: type(value).__name__))
+    plain = json.loads(json.dumps(getattr(model, "config", dict)(), default=lambda value: type(value).__name__))
     facts = {name: type(model).__name__, f"{name}.weights": weights_key(model.state_dict())}
     return facts | {f"{name}.{argument}": value for argument, value in plain.items()}
 
@@ -109,17 +109,15 @@ def fingerprint(model: nn.Module, strategy: Strategy, training: Training, **othe
         choices["loss"] = getattr(loss, "__name__", "<lambda>")
         if choices["loss"] == "<lambda>":
             raise ValueError(f"loss must be a function with a name if folder is given, got {loss!r}.")
-    teacher = getattr(strategy, "teacher", None)
-    networks = {} if teacher is None else network_identity(teacher, "teacher")
+    networks = {} if (teacher := getattr(strategy, "teacher", None)) is None else network_identity(teacher, "teacher")
     return network_identity(model, "network") | networks | settings | others | choices
 
 
 def check_same_run(path: Path, found: dict, expected: dict, weights_now: Collection[str]) -> None:
     """Raise `ValueError` for another run's state; `weights_now`: hashes of the weights in the file."""
-    weights = "network.weights"
-    changed = [name for name in expected if name != weights and found.get(name) != expected[name]]
+    changed = [name for name in expected if name != "network.weights" and found.get(name) != expected[name]]
     changes = [f"{name} was {found.get(name)!r} and is now {expected[name]!r}" for name in changed]
-    if not changes and expected[weights] not in (found.get(weights), *weights_now):
+    if not changes and expected["network.weights"] not in (found.get("network.weights"), *weights_now):
         changes = [f"the run started with other weights of {expected['network']}"]
     if changes:
         raise ValueError(f"{path} belongs to another run: {', '.join(changes)}. Choose another folder or remove it.")
@@ -129,28 +127,19 @@ def check_same_run(path: Path, found: dict, expected: dict, weights_now: Collect
 def stop_request() -> Iterator[threading.Event]:
     """Context in which the first Ctrl-C sets the event; the second raises `KeyboardInterrupt`."""
     event, previous = threading.Event(), signal.getsignal(signal.SIGINT)
-
-    def on_signal(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    receives = threading.current_thread() is threading.main_thread()  # only the main thread receives signals
+    in_main = threading.current_thread() is threading.main_thread()  # only the main thread receives signals
+    handle: Callable = partial(signal.signal, signal.SIGINT) if in_main else lambda handler: None
     try:
-        if receives:
-            signal.signal(signal.SIGINT, on_signal)
+        handle(lambda *received: signal.default_int_handler(*received) if event.is_set() else event.set())
         yield event
     finally:
-        if receives:
-            signal.signal(signal.SIGINT, previous)
+        handle(previous)
 
 # %% ../nbs/repro/31_resume.ipynb #c029
 class TrainingRun:
     """A loop with its settings, its log and its state file."""
 
-    def __init__(
-        self, loop: Loop, training: Training, identity: dict, folder: str | Path | None = None, keep_best: bool = False
-    ):
+    def __init__(self, loop: Loop, training: Training, identity: dict, folder: str | Path | None, keep_best: bool):
         self.loop, self.training, self.identity, self.keep_best = loop, training, identity, keep_best
         self.log, self.best = TrainingLog(), dict[str, Tensor]()  # the best weights, if kept
         self.path = Path(folder) / "training.safetensors" if folder is not None else None
@@ -171,8 +160,7 @@ class TrainingRun:
         weights, self.best = select_prefix(tensors, "model"), select_prefix(tensors, "best")
         check_same_run(path, header["settings"], self.identity, [weights_key(weights), weights_key(self.best)])
         self.identity["network.weights"] = header["settings"]["network.weights"]
-        self.log = log = TrainingLog(**header["log"])
-        log.resumed_at = log.steps
+        self.log = log = TrainingLog(**header["log"] | {"resumed_at": len(header["log"]["losses"])})
         if log.steps > self.training.steps:
             raise ValueError(f"steps must be at least {log.steps}, as many as {path} holds, got {self.training.steps}.")
         restore(self.loop, tensors)
@@ -192,15 +180,6 @@ class TrainingRun:
             log.best_step = log.steps
             self.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if self.keep_best}
 
-    def advance(self, batches: Iterator) -> float:
-        """One update and its entry in the log; returns the loss."""
-        began, rate = time.perf_counter(), scheduled_rate(self.log.steps, self.training)
-        chunk = list(islice(batches, self.training.accumulate))
-        self.log.losses.append(self.loop.update(chunk, self.log.steps, rate))
-        self.log.learning_rates.append(rate)
-        self.log.seconds.append(time.perf_counter() - began)
-        return self.log.losses[-1]
-
     def complete(self, data: Any, per_epoch: int | None, score: Callable | None, progress: bool) -> None:
         """All missing updates, then the best weights, if kept; `KeyboardInterrupt` on Ctrl-C."""
         training, log, accelerator = self.training, self.log, self.loop.accelerator
@@ -213,7 +192,11 @@ class TrainingRun:
         with own_randomness(), stop_request() as stop, bar:
             self.loop.model.train()
             while log.steps < training.steps:
-                bar.set_postfix(loss=f"{self.advance(batches):.3g}", refresh=False)
+                began, rate = time.perf_counter(), scheduled_rate(log.steps, training)
+                log.losses.append(self.loop.update(list(islice(batches, training.accumulate)), log.steps, rate))
+                log.learning_rates.append(rate)
+                log.seconds.append(time.perf_counter() - began)
+                bar.set_postfix(loss=f"{log.losses[-1]:.3g}", refresh=False)
                 bar.update()
                 last = log.steps == training.steps
                 if score is not None and (last or log.steps % scored == 0):
@@ -274,11 +257,7 @@ def train(
     progress: bool = True,  # show a bar
     **settings: Any,  # fields of `Training`: steps, learning_rate, schedule, ...
 ) -> TrainingLog:
-    """Train `model` with Adam; a call with the `folder` of an interrupted run continues it.
-
-    Raises `TypeError` or `ValueError` for bad settings or data and for the folder of another run, `FloatingPointError`
-    for a loss that is not finite, `KeyboardInterrupt` on Ctrl-C, after the present update and a saved state.
-    """
+    """Train `model` with Adam; a call with the `folder` of an interrupted run continues it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a network, such as spade.load(path) returns, got {model!r:.60}.")
     if keep_best and validate is None:
@@ -307,14 +286,10 @@ def finetune(
     teacher: nn.Module | None = None,  # the network before pruning, for "school"
     **settings: Any,  # of `train` (steps, learning_rate, folder, ...) and of the strategy (loss, rotations, ...)
 ) -> TrainingLog:
-    """Fine-tune a pruned network by one of the three strategies of Section 3; ten epochs by default.
-
-    Raises what `train` and `make_strategy` raise.
-    """
+    """Fine-tune a pruned network by one of the three strategies of Section 3; ten epochs by default."""
     names = {name for allowed in ALLOWED_SETTINGS.values() for name in allowed}
-    chosen = {name: settings.pop(name) for name in [*settings] if name in names}
-    if strategy != "self-supervised":
-        chosen.setdefault("loss", default_loss(student))
+    default = {} if strategy == "self-supervised" else {"loss": default_loss(student)}
+    chosen = default | {name: settings.pop(name) for name in [*settings] if name in names}
     if settings.get("steps") is None and settings.get("epochs") is None:
         settings["epochs"] = 10
     return train(student, data, make_strategy(strategy, teacher, **chosen), **settings)

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import torch
 from accelerate import Accelerator
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,26 +38,24 @@ Real = Annotated[float, BeforeValidator(not_bool), Field(allow_inf_nan=False)]
 Count = Annotated[Whole, Field(ge=1)]
 Positive = Annotated[Real, Field(gt=0)]
 Ratio = Annotated[Real, Field(gt=0, lt=1)]
+Kind = TypeVar("Kind", bound=BaseModel)  # of settings
+LossName = Annotated[str, AfterValidator(lambda name: choose("loss", name, LOSSES))]
 
 # %% ../nbs/08_finetuning.ipynb #c009
 class FrozenSettings(BaseModel):
-    """Base class of settings: frozen, without unknown keys."""
+    """Base class of settings: frozen; an unknown key is refused with the choices."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def check_keys(cls, values: Any) -> Any:
-        """Refuse an unknown key with the choices."""
         for key in values if isinstance(values, Mapping) else ():
             choose("key", key, cls.model_fields)
         return values
 
 # %% ../nbs/08_finetuning.ipynb #c011
-Kind = TypeVar("Kind", bound=BaseModel)
-
-
-def setting_error(error: ErrorDetails, name: str) -> str:
+def setting_error(error: Any, name: str) -> str:
     """One of pydantic's errors as a sentence: `<name> must be <expected>, got <value>.`"""
     where = ".".join(filter(None, [name, *map(str, error["loc"])]))
     expected = re.sub(r"^Value error, |, (unable|got) .*", "", error["msg"])
@@ -77,9 +74,6 @@ def read_settings(kind: type[Kind], values: Any, name: str = "") -> Kind:
         raise ValueError(" ".join(setting_error(each, name) for each in error.errors())) from None
 
 # %% ../nbs/08_finetuning.ipynb #c013
-LossName = Annotated[str, AfterValidator(lambda name: choose("loss", name, LOSSES))]
-
-
 class Training(FrozenSettings):
     """How a network is trained; learning rate and schedule are by default the paper's (Section 4)."""
 
@@ -98,8 +92,7 @@ class Training(FrozenSettings):
 
     def at(self, ratio: float) -> "Training":
         """The settings for one pre-defined ratio."""
-        steps = self.steps_at.get(ratio, self.steps)
-        rate = self.learning_rate_at.get(ratio, self.learning_rate)
+        steps, rate = self.steps_at.get(ratio, self.steps), self.learning_rate_at.get(ratio, self.learning_rate)
         return self.model_copy(update=dict(steps=steps, learning_rate=rate, steps_at={}, learning_rate_at={}))
 
     def arguments(self) -> dict[str, Any]:
@@ -143,8 +136,7 @@ def seeded_batches(data: Iterable, seed: int, epoch: int, numbers: Iterable[int]
     """The batches of `data`; torch is seeded by (seed, epoch, number) before each."""
     torch.manual_seed(seed_of(seed, "epoch", epoch))
     seeds = (torch.manual_seed(seed_of(seed, "batch", epoch, number)) for number in numbers)
-    for _, batch in zip(seeds, data):
-        yield batch
+    yield from (batch for _, batch in zip(seeds, data))
 
 # %% ../nbs/08_finetuning.ipynb #c033
 def epoch_batches(data: Any, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator:
@@ -219,9 +211,7 @@ class Loop:
 
     def update(self, batches: list, step: int, learning_rate: float) -> float:
         """One update of Adam; returns the loss. Raises what `stop` raises."""
-        batches = [as_batch(batch) for batch in batches]
-        if not self.strategy.needs_ground_truth:
-            batches = [batch._replace(x=None) for batch in batches]
+        batches = [b if self.strategy.needs_ground_truth else b._replace(x=None) for b in map(as_batch, batches)]
         try:
             loss = self.gradients(batches, step)
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip or math.inf)
@@ -252,7 +242,5 @@ class Loop:
                     raise ValueError(f"{name} must be finite, got NaN or infinity {place}.") from cause
             if not batch.y.flatten(1).any(1).all():
                 raise ValueError(f"measurement y must not be zero everywhere, got such an image {place}.") from cause
-        advice = "The last good weights were restored; lower learning_rate or set clip."
-        raise FloatingPointError(
-            f"Divergence in step {step + 1} at learning rate {rate:g}. {cause} {advice}"
-        ) from cause
+        advice = f"{cause} The last good weights were restored; lower learning_rate or set clip."
+        raise FloatingPointError(f"Divergence in step {step + 1} at learning rate {rate:g}. {advice}") from cause

@@ -24,7 +24,7 @@ from .tables import MRI_NETWORKS, read_runs
 
 # %% ../nbs/repro/36_workflow.ipynb #c005
 def students(config: Config, network: str, acceleration: int) -> list[Run]:
-    """The fine-tuning runs of one network and acceleration, for each seed pruned ones, then Table 3's random starts."""
+    """The fine-tuning runs of a network and acceleration: per seed pruned, then Table 3's random starts."""
     strategies = config.networks[network].finetuning
     pruned = [(ratio, strategy, "pruned") for ratio in config.ratios for strategy in strategies]
     fresh = [(ratio, strategy, "random") for strategy in strategies for ratio in config.random_start.get(strategy, ())]
@@ -79,7 +79,7 @@ SHOWN: dict[str, str] = {"deq": "figure_6", "varnet": "figure_7", "e2e-varnet": 
 
 # %% ../nbs/repro/36_workflow.ipynb #c019
 def mri_reports(config: Config, networks: Sequence[str], accelerations: Sequence[int] = (6, 8, 10)) -> list[Report]:
-    """Tables 1, 2, 5 and Figures 3, 4, 6, 7, 8 of some networks; the pictures are at the first acceleration."""
+    """Tables 1, 2, 5, Figures 3, 4, 6, 7, 8 of some networks; pictures are at the first acceleration."""
     reports, first = [], config.model_copy(update={"seeds": config.seeds[:1]})
     for name, (notebook, acceleration) in MRI_TARGETS.items():
         if networks and acceleration in accelerations:
@@ -159,7 +159,7 @@ def write_resources(out: Path) -> None:
 
 # %% ../nbs/repro/36_workflow.ipynb #c035
 def estimate(name: str, out: str = "") -> str:
-    """The runs of a configuration to do and their expected time, if some have been made before, as one sentence."""
+    """The runs of a configuration to do and, if some have been made, their expected time: one sentence."""
     config, folder = load_config(name), resolve(out or f"outputs/{name}")
     to_do = [run.name for run in paper_runs(config).values() if not (run.folder(folder) / "done").is_file()]
     runs = read_runs(folder)

@@ -116,11 +116,11 @@ def acquisition_files(config: Config, data: str = "", progress: bool = True) -> 
 # %% ../nbs/repro/33_runs.ipynb #c011
 def slice_datasets(config: Config, run: Run, data: str = "", progress: bool = True) -> dict[str, Any]:
     """The slices of the training, validation and test subjects, sampled for this run."""
-    files, settings = acquisition_files(config, data, progress), config.data
-    assert settings is not None  # acquisition_files raises otherwise
-    sampling: dict[str, Any] = {"acceleration": run.acceleration, "seed": settings.seed, **config.sampling.model_dump()}
-    sampling |= {"acquisition": settings.acquisition or None, "memory": 1 << 30}  # bytes of each split that are kept
-    splits = fastmri.split_subjects(files, settings.subjects, settings.seed)
+    files = acquisition_files(config, data, progress)
+    assert config.data is not None  # acquisition_files raises otherwise
+    splits = fastmri.split_subjects(files, config.data.subjects, config.data.seed)
+    sampling: dict[str, Any] = {"acceleration": run.acceleration, "seed": config.data.seed, "memory": 1 << 30}
+    sampling |= {**config.sampling.model_dump(), "acquisition": config.data.acquisition or None}
     return {split: fastmri.MultiCoilSlices(paths, **sampling) for split, paths in splits.items()}
 
 # %% ../nbs/repro/33_runs.ipynb #c015

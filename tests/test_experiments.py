@@ -74,7 +74,8 @@ def test_every_experiment_has_its_parameters_cell_and_prose(path):
     cells = nbformat.read(path, as_version=4).cells
     parameters = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(parameters) == 1 and 'config = "demo"' in " ".join(parameters[0].split())
-    assert cells[0].source.startswith("# ") and "**Question.**" in cells[0].source and "what not" in cells[-1].source
+    assert cells[0].source.startswith("# ") and "**Question.**" in cells[0].source
+    assert cells[-1].source.startswith("## Interpretation")
     assert not any("#| export" in cell.source for cell in cells) and (path.parent / ".notest").is_file()
 
 

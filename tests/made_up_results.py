@@ -7,6 +7,7 @@ import pandas as pd
 
 from spade.files import write_json
 from spade.runs import Run, write_csv, write_images
+from spade.tables import Results, read_results
 
 
 def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0, seeds: tuple[int, ...] = (0,)) -> None:
@@ -72,3 +73,15 @@ def write_latency(out: Path, network: str, size: str = "paper", milliseconds: fl
     ]
     stored = [pd.read_csv(path)] if path.is_file() else []
     write_csv(path, pd.concat([*stored, pd.DataFrame(rows)]))
+
+
+def add_photo_runs(out: Path) -> Path:
+    """A teacher and a student of super-resolution beside the runs of CS-MRI, as in outputs/demo."""
+    write_photo_run(out, Run("usrnet"), 30.0)
+    write_photo_run(out, Run("usrnet", ratio=0.40, strategy="school"), 29.0, before=20.0)
+    return out
+
+
+def made(out: Path) -> Results:
+    """The results of a folder, from its runs."""
+    return read_results(out, made=True)

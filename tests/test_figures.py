@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_up_results import write_latency, write_photo_run, write_run
+from made_up_results import add_photo_runs, made, write_latency, write_photo_run, write_run
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -92,13 +92,7 @@ def out(tmp_path) -> Path:
 
 @pytest.fixture
 def photo_out(out) -> Path:
-    write_photo_run(out, Run("usrnet"), 30.0)
-    write_photo_run(out, Run("usrnet", ratio=0.40, strategy="school"), 29.0, before=20.0)
-    return out
-
-
-def made(out: Path):
-    return read_results(out, made=True)
+    return add_photo_runs(out)
 
 
 # Files

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from made_up_results import write_latency, write_photo_run, write_run
+from made_up_results import add_photo_runs, made, write_latency, write_run
 
 from spade.paper import NAMED_RATIO, paper_numbers
 from spade.runs import Run
@@ -57,13 +57,7 @@ def three_seeds(tmp_path) -> Path:
 @pytest.fixture
 def photo_out(out) -> Path:
     """CS-MRI and super-resolution in one folder, as in outputs/demo."""
-    write_photo_run(out, Run("usrnet"), 30.0)
-    write_photo_run(out, Run("usrnet", ratio=0.40, strategy="school"), 29.0, before=20.0)
-    return out
-
-
-def made(out: Path):
-    return read_results(out, made=True)
+    return add_photo_runs(out)
 
 
 # Committed results

@@ -32,6 +32,8 @@ endif
 ifeq ($(wildcard config/$(CONFIG).yaml),)
 $(error CONFIG must be one of $(basename $(notdir $(wildcard config/*.yaml))), got $(CONFIG))
 endif
+$(if $(filter $(NETWORK),varnet deq e2e-varnet usrnet),,$(error NETWORK must be one of varnet deq e2e-varnet usrnet, got $(NETWORK)))
+$(if $(filter-out all demo_% outputs/% /% figure_steps $(addprefix table_,1 2 3 4 5 6) $(addprefix figure_,1 2 3 4 5 6 7 8),$(TARGETS)),$(error TARGETS must be all, table_1 ... table_6, figure_1 ... figure_8, figure_steps or demo_<network>, got $(TARGETS)))
 
 demo: $(VENV)/.installed
 	$(BIN)/snakemake demo_$(NETWORK) $(OPTIONS)

@@ -457,8 +457,7 @@ def index_page(out: str | Path, made: bool = False) -> str:
         shown.append(f"## {heading}\n\n{picture or path.read_text(encoding='utf-8')}")
     lists = {"Incomplete": partial, "Missing": missing}
     lacks = [f"- {name}: {', '.join(names)}." for name, names in lists.items() if names]
-    more = ["- [Time and memory of each rule](resources.md)."] if (out / "resources.md").is_file() else []
-    head = [f"# Results: {out.name}\n", *made_on(results), *more, *(lacks or ["- Nothing of the paper is missing."])]
+    head = [f"# Results: {out.name}\n", *made_on(results), *(lacks or ["- Nothing of the paper is missing."])]
     return "\n".join([*head, "", *shown])
 
 

@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = ['MRI_TARGETS', 'SHOWN', 'students', 'block', 'run_parameters', 'Report', 'mri_reports', 'photo_reports',
-           'paper_reports', 'demo_reports', 'paper_runs', 'report_key', 'read_resources', 'write_resources', 'estimate']
+           'paper_reports', 'demo_reports', 'paper_runs', 'report_key', 'estimate']
 
 # %% ../nbs/repro/36_workflow.ipynb #c003
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from .basics import choose, content_key
 from .config import PHOTO_NETWORKS, Config, load_config
 from .figures import EVOLVING
-from .files import atomic_write, project_root, resolve
+from .files import project_root, resolve
 from .paper import TABLE_ACCELERATION
 from .runs import Run, code_cells, shipped_teacher, without_comments
 from .tables import MRI_NETWORKS, read_runs
@@ -136,28 +133,6 @@ def report_key(report: Report) -> str:
     return content_key(code_cells(report.notebook), [without_comments(module) for module in modules], report.parameters)
 
 # %% ../nbs/repro/36_workflow.ipynb #c033
-def read_resources(out: Path) -> pd.DataFrame:
-    """Wall time and peak memory of each job: Snakemake's measurements, else those of resources.csv."""
-    columns = ["rule", "job", "wall (min)", "peak memory (MB)"]
-    tables = [pd.read_csv(out / "resources.csv")[columns]] if (out / "resources.csv").is_file() else []
-    for path in (out / "benchmarks").glob("*/*.tsv"):
-        seconds, memory = pd.read_csv(path, sep="\t", na_values="-")[["s", "max_rss"]].iloc[-1]
-        tables.append(pd.DataFrame([[path.parent.name, path.stem, seconds / 60, memory]], columns=columns))
-    table = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
-    return table.drop_duplicates(["rule", "job"], keep="last").sort_values(["rule", "job"], ignore_index=True)
-
-# %% ../nbs/repro/36_workflow.ipynb #c034
-def write_resources(out: Path) -> None:
-    """Write resources.csv, a row per job, and resources.md, a row per rule."""
-    jobs = read_resources(out)
-    atomic_write(out / "resources.csv", lambda part: jobs.round(3).to_csv(part, index=False))
-    groups = pd.concat([jobs, jobs.assign(rule="all")]).groupby("rule", sort=False)
-    sums = groups["wall (min)"].agg(["count", "sum", "max"]).join(groups["peak memory (MB)"].max()).round(1)
-    table = sums.rename(columns={"count": "jobs", "sum": "wall (min)", "max": "longest (min)"}).to_markdown()
-    text = f"{table}\n\nWall time and largest main memory by rule. Each job: resources.csv.\n"
-    atomic_write(out / "resources.md", lambda part: part.write_text(text, encoding="utf-8"))
-
-# %% ../nbs/repro/36_workflow.ipynb #c035
 def estimate(name: str, out: str = "") -> str:
     """The runs of a configuration to do and, if some have been made, their expected time: one sentence."""
     config, folder = load_config(name), resolve(out or f"outputs/{name}")

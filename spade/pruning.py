@@ -8,11 +8,12 @@ __all__ = ['CONVOLUTIONS', 'PRUNABLE', 'NORM_LAYERS', 'TIME_LIMIT', 'REORDERING'
            'width_after', 'read_channels', 'unlink', 'unlink_untied', 'link', 'map_channels', 'Plan', 'tied_units',
            'check_members', 'plan_group', 'even_group_norms', 'layer_groups', 'plan_groups', 'kept_layers',
            'cut_groups', 'zero_filters', 'check_student', 'first_line', 'fold_weight_norms', 'LayerGroup', 'record',
-           'prune_prior', 'copy_model', 'explain', 'as_triple', 'adapted', 'list_priors', 'check_shared',
-           'count_parameters', 'count_macs', 'PruningReport', 'prune']
+           'prune_prior', 'copy_model', 'explain', 'matching', 'layers_named', 'as_triple', 'adapted', 'list_priors',
+           'check_shared', 'count_parameters', 'count_macs', 'PruningReport', 'prune']
 
 # %% ../nbs/06_pruning.ipynb #c003
 import copy
+import fnmatch
 import math
 import re
 import time
@@ -512,6 +513,20 @@ def explain(cnn: nn.Module, example: tuple | dict, ignored: list[nn.Module], rat
     return "; ".join([*(f"layer {name!r}: {text}" for name, text in reasons.items()), advice])
 
 # %% ../nbs/06_pruning.ipynb #c063
+def matching(names: Iterable[str], pattern: str) -> list[str]:
+    """The names that a pattern such as "body.*" matches; raises `ValueError` where there is none."""
+    if not (found := fnmatch.filter(names := list(names), pattern)):
+        raise ValueError(f"a name of a layer must match one of {names[:6]} ..., got {pattern!r}.")
+    return found
+
+
+def layers_named(model: nn.Module, layers: Iterable[nn.Module | str]) -> list[nn.Module]:
+    """Layers of `model`, each given as a module or by its name, in which `*` stands for any text."""
+    names = [name for name, _ in model.named_modules() if name]
+    found = [[model.get_submodule(n) for n in matching(names, p)] if isinstance(p, str) else [p] for p in layers]
+    return [layer for some in found for layer in some]
+
+# %% ../nbs/06_pruning.ipynb #c064
 Prior = tuple[nn.Module, Any, Any]  # (cnn, example: a tensor, tuple or dictionary, ignored_layers: a layer or a list)
 
 
@@ -525,13 +540,14 @@ def as_triple(prior: object) -> tuple[nn.Module, tuple | dict, list[nn.Module]]:
     if not tensors_of(example):
         wanted = "a tensor, a tuple or a dictionary of its inputs, such as torch.zeros(shape)"
         raise TypeError(f"the example of a {kind} in priors must be {wanted}, got {shown(example)}.")
-    layers = [ignored] if isinstance(ignored, nn.Module) else ignored
-    if not isinstance(layers, (tuple, list)) or not all(isinstance(layer, nn.Module) for layer in layers):
-        raise TypeError(f"ignored_layers of a {kind} in priors must be a list of modules, got {shown(ignored)}.")
+    layers = [ignored] if isinstance(ignored, (nn.Module, str)) else ignored
+    if not isinstance(layers, (tuple, list)) or not all(isinstance(layer, (nn.Module, str)) for layer in layers):
+        wanted = "a list of modules or of their names"
+        raise TypeError(f"ignored_layers of a {kind} in priors must be {wanted}, got {shown(ignored)}.")
     arguments = example if isinstance(example, dict) else (example,) if isinstance(example, Tensor) else tuple(example)
-    return cnn, arguments, list(layers)
+    return cnn, arguments, layers_named(cnn, layers)
 
-# %% ../nbs/06_pruning.ipynb #c064
+# %% ../nbs/06_pruning.ipynb #c065
 def adapted(value: Any, weight: Tensor) -> Any:
     """An example on the device and in the precision of `weight`; constant images become noise in [0, 1)."""
     if isinstance(value, dict):
@@ -544,13 +560,19 @@ def adapted(value: Any, weight: Tensor) -> Any:
         value = torch.rand(value.shape, generator=seeded("example"))
     return value.to(weight)
 
-# %% ../nbs/06_pruning.ipynb #c067
-def list_priors(teacher: nn.Module, priors: Iterable[Prior] | None) -> list[tuple[str, nn.Module, Any, list]]:
+# %% ../nbs/06_pruning.ipynb #c068
+def list_priors(
+    teacher: nn.Module, priors: Iterable[Prior] | None, ignored_layers: Iterable[nn.Module | str] = ()
+) -> list[tuple[str, nn.Module, Any, list]]:
     """Each CNN to prune once: (name in `teacher`, CNN, example, ignored layers); raises for bad `priors`."""
     own: Any = getattr(teacher, "priors", None)
-    kind, wanted = type(teacher).__name__, "(cnn, example, ignored_layers)"
+    kind, wanted, everywhere = (
+        type(teacher).__name__,
+        "(cnn, example, ignored_layers)",
+        layers_named(teacher, ignored_layers),
+    )
     if priors is None and (isinstance(own, nn.Module) or not callable(own)):
-        raise TypeError(f"{kind} has no priors() that names its CNNs; pass priors=[{wanted}].")
+        raise TypeError(f"{kind} has no priors() that names its CNNs; pass inputs=(y, A), or priors=[{wanted}].")
     if isinstance(priors, (nn.Module, Tensor)) or not isinstance(priors, Iterable | None):
         raise TypeError(f"priors must be a list of triples {wanted}, got a {type(priors).__name__}.")
     names, found = {m: name for name, m in teacher.named_modules()}, dict[nn.Module, Any]()
@@ -562,12 +584,13 @@ def list_priors(teacher: nn.Module, priors: Iterable[Prior] | None) -> list[tupl
         if shared := [names[m] for m in found if m is not cnn and set(m.modules()) & set(cnn.modules())]:
             pair = f"{shared[0]!r} and {names[cnn]!r} share layers, which would be cut twice"
             raise ValueError(f"the priors {pair}; name one CNN that holds them.")
-        found[cnn] = (names[cnn], cnn, adapted(example, weight), [layer for m in ignored for layer in m.modules()])
+        layers = [*ignored, *(m for m in everywhere if m in set(cnn.modules()))]
+        found[cnn] = (names[cnn], cnn, adapted(example, weight), [layer for m in layers for layer in m.modules()])
     if not found:
         raise ValueError(f"{kind} names no CNN to prune: its list of priors is empty.")
     return list(found.values())
 
-# %% ../nbs/06_pruning.ipynb #c068
+# %% ../nbs/06_pruning.ipynb #c069
 def check_shared(teacher: nn.Module, student: nn.Module) -> None:
     """Raise `ValueError` if two names of one parameter of the teacher became two parameters."""
     names, after = dict[int, str](), dict(student.named_parameters(remove_duplicate=False))
@@ -577,19 +600,19 @@ def check_shared(teacher: nn.Module, student: nn.Module) -> None:
             advice = "use one layer twice, or add both to ignored_layers"
             raise ValueError(f"{name!r} and {first!r} are one parameter of two layers; {advice}.")
 
-# %% ../nbs/06_pruning.ipynb #c071
+# %% ../nbs/06_pruning.ipynb #c072
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters, frozen or not, each shared one counted once."""
     return sum(p.numel() for p in model.parameters())
 
-# %% ../nbs/06_pruning.ipynb #c072
+# %% ../nbs/06_pruning.ipynb #c073
 def count_macs(model: nn.Module, *inputs: Any, **keywords: Any) -> int:
     """Multiply-accumulates of the convolutions and matrix products in `model(*inputs)`, evaluation mode."""
     with evaluating(model), own_randomness(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*inputs, **keywords)
     return counter.get_total_flops() // 2
 
-# %% ../nbs/06_pruning.ipynb #c074
+# %% ../nbs/06_pruning.ipynb #c075
 @dataclass(repr=False)
 class PruningReport:
     """What one call of `prune` did."""
@@ -616,12 +639,15 @@ class PruningReport:
         text = f"ratio {self.ratio:g}: {len(self.groups)} layer groups, parameters {before:,} → {after:,}"
         return f"{text} (−{removed:.0%}), multiply-accumulates ÷ {speed_up:.2f}"
 
-# %% ../nbs/06_pruning.ipynb #c077
+# %% ../nbs/06_pruning.ipynb #c078
 def prune(
     teacher: nn.Module,  # not modified
     ratio: float,  # pre-defined ratio in (0, 1); the paper's are 0.05, 0.10, 0.20, 0.40
     priors: Iterable[Prior] | None = None,  # for a foreign model: its CNNs; default `teacher.priors()`
     check: bool = True,  # compare with zeroed filters; costs a copy and one forward pass of each CNN
+    *,
+    inputs: Any = None,  # instead of priors: inputs of the teacher, a tuple or dictionary; `find_priors` finds the CNNs
+    ignored_layers: Iterable[nn.Module | str] = (),  # further layers that keep their width, such as "head.*"
 ) -> nn.Module:  # a pruned deep copy with a `pruning_report`
     """SPADE's pruning (Section 3): one shot, uniform over the layer groups, ranked inside each by eq. 6.
 
@@ -629,7 +655,9 @@ def prune(
     model that cannot be copied, and a CNN that fails the check: the message lists the layers for `ignored_layers`."""
     if not isinstance(ratio, Real) or not 0 < ratio < 1:
         raise ValueError(f"ratio must be a number between 0 and 1, both excluded, got {ratio!r}.")
-    found = list_priors(teacher, priors)
+    if priors is None and inputs is not None:
+        priors = find_priors(teacher, inputs)  # noqa: F821 (defined in a later notebook, "Any network")
+    found = list_priors(teacher, priors, ignored_layers)
     student, copies = copy_model(teacher)
     report = PruningReport(ratio, parameters_before=count_parameters(student))
     for name, original, example, ignored in found:

@@ -308,11 +308,11 @@ def test_model_without_priors(net):
         (lambda net, x: [(net, None, [net.tail])], TypeError, "example of a Skips .* got None"),
         (lambda net, x: [(net, (), [net.tail])], TypeError, "example of a Skips"),
         (
-            lambda net, x: [(net, x, ["tail"])],
+            lambda net, x: [(net, x, ["tail", 3])],
             TypeError,
-            "ignored_layers of a Skips .* must be a list of modules, got .'tail'.",
+            "ignored_layers of a Skips .* must be a list of modules or of their names, got .'tail', 3.",
         ),
-        (lambda net, x: [(net, x, x)], TypeError, "ignored_layers of a Skips .* must be a list of modules, got tensor"),
+        (lambda net, x: [(net, x, x)], TypeError, "ignored_layers of a Skips .* must be a list of modules or.*, got tensor"),
     ],
 )
 def test_mistyped_priors_are_one_sentence(net, make_priors, error, message):

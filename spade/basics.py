@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['as_real', 'norms', 'inner', 'content_key', 'seed_of', 'seeded', 'own_randomness', 'device_of', 'on_device', 'move',
-           'evaluating', 'Batch', 'BucketSampler', 'loader', 'choose', 'refused']
+           'evaluating', 'Batch', 'BucketSampler', 'loader', 'choose', 'refused', 'check_finite', 'check_values']
 
 # %% ../nbs/01_basics.ipynb #c002
 import copy
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -159,3 +160,24 @@ def refused(*calls: Callable[[], object]) -> None:
             raise AssertionError(f"no error was raised, but {call()!r} returned")
         except (RuntimeError, TypeError, ValueError) as error:
             print(f"{type(error).__name__}: {error}")
+
+# %% ../nbs/01_basics.ipynb #c039
+def check_finite(name: str, values: Tensor | np.ndarray) -> None:
+    """Raise `ValueError` for a tensor or an array with NaN or infinity."""
+    finite = values.isfinite() if isinstance(values, Tensor) else np.isfinite(values)
+    if not finite.all():
+        bad = f"{int((~finite).sum())} of {math.prod(finite.shape)} values"
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {bad}.")
+
+
+def check_values(y: Tensor, A: nn.Module, x: Tensor | None = None) -> None:
+    """Raise `ValueError` for NaN or infinity in `y`, `A` or `x`, or a maximum of `y` outside 1e-8 to 1e8."""
+    state: dict[str, Tensor] = getattr(A, "state_dict", dict)()
+    tensors = {"measurement y": y, **{f"A.{name}": tensor for name, tensor in state.items()}}
+    for name, tensor in (tensors | ({} if x is None else {"reference x": x})).items():
+        check_finite(name, tensor)
+    peak = y.abs().amax().item()
+    if peak and not 1e-8 <= peak <= 1e8:
+        raise ValueError(
+            f"measurement y must be scaled to a maximum near 1, and x with it, got a maximum of {peak:.3g}."
+        )

@@ -160,7 +160,7 @@ def test_a_runaway_network_raises(solver):
 def test_nan_in_the_measurement_is_named():
     y, A = problem()
     y[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="measurement y must be finite, got NaN or infinity in 1 of 128 values"):
         tiny()(y * A.mask + y, A.with_mask(torch.ones_like(A.mask)))
 
 

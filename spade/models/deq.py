@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..basics import as_real, choose, norms
-from ..operators import LinearOperator
+from ..basics import as_real, check_values, choose, norms
+from ..operators import LinearOperator, check_precision
 
 # %% ../../nbs/models/04_deq.ipynb #c007
 def complex_to_channels(image: Tensor) -> Tensor:  # complex (B, C, H, W) to real (B, 2C, H, W)
@@ -248,10 +248,13 @@ class DEQ(nn.Module):
     @torch.no_grad()
     def search(self, y: Tensor, A: LinearOperator, keep_images: bool = False) -> tuple[Tensor, Tensor, Trace]:
         """Last iterate x, T(x) and record of the search from the zero-filled image, without gradients."""
+        check_precision(self, y, A)
+        start = A.adjoint(y)
+        check_values(y, A)
         limit = self.train_iterations if self.training and self.train_iterations is not None else self.max_iterations
         memory = self.memory if self.solver == "anderson" else 1
         step, must_progress = lambda x: self.step(x, y, A), not self.training
-        found = fixed_point(step, A.adjoint(y), memory, limit, self.tolerance, must_progress, keep_images)
+        found = fixed_point(step, start, memory, limit, self.tolerance, must_progress, keep_images)
         self.last_trace, self.last_iterations = replace(found[2], images=[]), found[2].iterations
         return found
 

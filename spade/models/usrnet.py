@@ -181,6 +181,7 @@ class USRNet(nn.Module):
     def iterate(self, y: Tensor, A: operators.BlurDownsample, sigma: Sigma = None) -> Iterator[Tensor]:
         """The image after each iteration, one by one."""
         check_measurement(y, A, self.p.m_tail.out_channels)
+        operators.check_precision(self, y, A)
         alphas, betas = self.hyperparameters(y, A, sigma)
         x = self.start(y, A)
         for alpha, beta in zip(alphas.split(1, dim=1), betas.split(1, dim=1)):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deq import channels_to_complex, complex_to_channels
-from ..operators import MultiCoilMRI, fft2c, ifft2c
+from ..operators import MultiCoilMRI, check_precision, fft2c, ifft2c
 
 # %% ../../nbs/models/05_varnet.ipynb #c006
 class ConvBlock(nn.Module):
@@ -152,7 +152,8 @@ class VarNet(nn.Module):
         return dict(self.settings)
 
     def effective_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
-        """The operator whose maps the network uses: `A` itself."""
+        """The operator whose maps the network uses: `A` itself; `TypeError` for another precision."""
+        check_precision(self, y, A)
         return A
 
     def refine(self, y: Tensor, A: MultiCoilMRI) -> Tensor:
@@ -228,6 +229,7 @@ class E2EVarNet(VarNet):
 
     def effective_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
         """The operator with the mask of `A` and the coil maps estimated from `y`."""
+        A = super().effective_operator(y, A)
         A.check("k-space", y, A.maps.shape[1])
         return A.with_maps(self.sens_net(y, A.mask))
 

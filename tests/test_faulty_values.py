@@ -1,0 +1,175 @@
+"""Data that a network cannot take: each is refused in one sentence that names it, also by `evaluate` and `finetune`."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spade
+from spade.basics import Batch, check_values
+from spade.metrics import cg_sense, evaluate, zero_filled
+from spade.models import DEQ, E2EVarNet, USRNet, VarNet
+from spade.operators import BlurDownsample, MultiCoilMRI, equispaced_mask, normalize_maps
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "deq": lambda: DEQ(features=4, num_blocks=1, max_iterations=8, gradient="jacobian-free"),
+    "varnet": lambda: VarNet(1, 4, 1),
+    "e2e-varnet": lambda: E2EVarNet(1, 4, 1, 4, 1),
+    "usrnet": lambda: USRNet(iterations=1, widths=(4, 4, 4, 4), blocks=1, hypanet_channels=4),
+}
+MRI = ("deq", "varnet", "e2e-varnet")
+every_network = pytest.mark.parametrize("network", NETWORKS)
+every_mri_network = pytest.mark.parametrize("network", MRI)
+
+
+def problem(network: str, precision: torch.dtype = torch.float32) -> Batch:
+    """Two images with their measurements."""
+    torch.manual_seed(0)
+    info = {name: ["a", "b"] for name in ("file", "subject", "slice", "scale")}
+    if network == "usrnet":
+        kernel = torch.rand(5, 5, dtype=precision)
+        A, x = BlurDownsample(kernel / kernel.sum(), 2), torch.rand(2, 3, 16, 16, dtype=precision)
+        return Batch(A(x), A, x, info)
+    kind = precision.to_complex()
+    A = MultiCoilMRI(equispaced_mask(16, 4, 0.25), normalize_maps(torch.randn(2, 3, 16, 16, dtype=kind)))
+    x = torch.randn(2, 1, 16, 16, dtype=kind)
+    return Batch(A(x), A, x, info)
+
+
+def refuse(model: nn.Module, batch: Batch, error: type[Exception], sentence: str, *names: str) -> None:
+    """Raise unless the calls of these names (all by default) raise this error."""
+    calls = {
+        "model": lambda: model(batch.y, batch.A),
+        "evaluate": lambda: evaluate(model, [batch], progress=False),
+        "supervised": lambda: spade.finetune(model, [batch], "supervised", steps=1, progress=False),
+        "self-supervised": lambda: spade.finetune(model, [batch], "self-supervised", steps=1, progress=False),
+        "school": lambda: spade.finetune(model, [batch], "school", copy.deepcopy(model), steps=1, progress=False),
+    }
+    for name in names or calls:
+        with pytest.raises(error, match=sentence) as raised:
+            calls[name]()
+        assert "\n" not in str(raised.value), name
+
+
+@every_network
+def test_double_precision_is_refused_by_a_network_of_single_precision(network):
+    model, batch, double = NETWORKS[network](), problem(network), problem(network, torch.float64)
+    found = "torch.float64" if network == "usrnet" else "torch.complex128"
+    sentence = f"must have the precision of the network's weights, torch.float32, got {found}"
+    refuse(model, double, TypeError, f"y {sentence}")
+    refuse(model, batch._replace(y=double.y), TypeError, f"y {sentence}")
+    name = "A.kernel" if network == "usrnet" else "A.maps"
+    refuse(model, batch._replace(A=double.A), TypeError, f"{name} {sentence}")
+    refuse(model.double(), batch, TypeError, "y must have the precision of the network's weights, torch.float64")
+    assert model(double.y, double.A).dtype == double.x.dtype
+    assert evaluate(model, [double], progress=False).psnr.notna().all()
+
+
+@every_network
+@pytest.mark.parametrize("half", (torch.float16, torch.bfloat16))
+def test_weights_in_half_precision_are_refused(network, half):
+    sentence = f"weights must be float32 or float64, got {half}: use torch.autocast for half precision"
+    refuse(NETWORKS[network]().to(half), problem(network), TypeError, sentence)
+
+
+@every_network
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_measurements_in_half_precision_are_refused(network):
+    batch = problem(network)
+    batch = batch._replace(y=batch.y.to(torch.float16 if network == "usrnet" else torch.complex32))
+    sentence, calls = "y must have the precision of the network's weights, torch.float32", ("model", "evaluate")
+    refuse(NETWORKS[network](), batch, TypeError, sentence, *calls, "supervised", "self-supervised")
+
+
+@every_network
+def test_an_empty_batch_is_refused(network):
+    batch = problem(network)
+    A = batch.A if network == "usrnet" else MultiCoilMRI(batch.A.mask, batch.A.maps[:1])
+    empty = batch._replace(y=batch.y[:0], x=batch.x[:0], A=A, info={name: [] for name in batch.info})
+    refuse(NETWORKS[network](), empty, ValueError, r"must have shape \(1 or more, .* to fit the operator, got \(0, 3")
+
+
+def test_the_baselines_refuse_an_empty_batch_and_real_kspace():
+    y, A = problem("varnet")[:2]
+    for baseline in (zero_filled, cg_sense):
+        with pytest.raises(ValueError, match=r"k-space must have shape \(1 or more, 3, 16, 16\)"):
+            baseline(y[:0], MultiCoilMRI(A.mask, A.maps[:1]))
+        with pytest.raises(TypeError, match="k-space must be complex64 or complex128, got torch.float32"):
+            baseline(y.abs(), A)
+    with pytest.raises(ValueError, match=r"maps must have shape \(B, coils, H, W\), got \(0, 3, 16, 16\)"):
+        MultiCoilMRI(A.mask, A.maps[:0])
+    with pytest.raises(TypeError, match="image must be complex64 or complex128, got torch.float32"):
+        A(torch.zeros(2, 1, 16, 16))
+
+
+@every_mri_network
+def test_real_kspace_is_refused(network):
+    batch = problem(network)
+    sentence = "k-space must be complex64 or complex128, got torch.float32"
+    refuse(NETWORKS[network](), batch._replace(y=batch.y.abs()), TypeError, sentence)
+
+
+@every_network
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_a_measurement_or_operator_that_is_not_finite_is_named(network, value):
+    batch, name = problem(network), "kernel" if network == "usrnet" else "maps"
+    calls = ("evaluate", "supervised", "self-supervised", "school")
+    batch.y[1, 2, 3, 4] = value
+    refuse(NETWORKS[network](), batch, ValueError, "measurement y must be finite, got NaN or infinity", *calls)
+    batch = problem(network)
+    getattr(batch.A, name)[0, 0, 2, 3] = value
+    calls = calls[:1] if network == "e2e-varnet" else calls  # which estimates its own maps
+    refuse(NETWORKS[network](), batch, ValueError, f"A.{name} must be finite, got NaN or infinity", *calls)
+
+
+@every_network
+@pytest.mark.parametrize("factor", (1e20, 1e-20))
+def test_a_measurement_far_from_one_must_be_scaled(network, factor):
+    batch = problem(network)
+    far = batch._replace(y=batch.y * factor, x=batch.x * factor)
+    sentence = r"measurement y must be scaled to a maximum near 1, and x with it, got a maximum of [\d.]+e[+-]"
+    refuse(NETWORKS[network](), far, ValueError, sentence, *(["model"] if network == "deq" else []), "evaluate")
+    check_values(batch.y * 1e6, batch.A)
+    check_values(batch.y * 1e-6, batch.A)
+
+
+@every_network
+def test_a_measurement_of_zeros_is_not_blamed_on_the_learning_rate(network):
+    """It is the measurement of a black image, which is reconstructed, and trained on if the loss allows it."""
+    model, batch = NETWORKS[network]().eval(), problem(network)
+    zeros = batch._replace(y=torch.zeros_like(batch.y))
+    assert model(zeros.y, zeros.A).isfinite().all()
+    for strategy in ("supervised", "self-supervised"):
+        assert math.isfinite(spade.finetune(model, [zeros], strategy, steps=1, progress=False).losses[0])
+    explode = lambda x_hat, x: x_hat.abs().sum() * math.inf
+    with pytest.raises(ValueError, match="measurement y must not be zero everywhere, got such an image in a batch"):
+        spade.finetune(model, [zeros], "supervised", loss=explode, steps=1, progress=False)
+
+
+REFERENCES: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "without batch axis": lambda x, A: x[0],
+    "without channel": lambda x, A: x[:, 0],
+    "one image for two": lambda x, A: x[:1],
+    "coil images": lambda x, A: A.maps * x,
+    "real": lambda x, A: x.abs(),
+}
+
+
+@every_mri_network
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_a_reference_that_would_broadcast_is_refused(network, kind):
+    batch = problem(network)
+    wrong = batch._replace(x=REFERENCES[kind](batch.x, batch.A))
+    expected = r"reference x must have shape and kind of the reconstruction, complex \(2, 1, 16, 16\), got"
+    refuse(NETWORKS[network](), wrong, ValueError, expected, "evaluate", "supervised")
+
+
+@pytest.mark.parametrize("wrong", (lambda x: x[0], lambda x: x[:1], lambda x: x[:, :1], lambda x: x[:, 0], torch.abs))
+def test_a_photograph_that_would_broadcast_is_refused(wrong):
+    batch = problem("usrnet")
+    x = wrong(batch.x) if wrong is not torch.abs else batch.x + 0j
+    expected = r"reference x must have shape and kind of the reconstruction, real \(2, 3, 16, 16\), got"
+    refuse(NETWORKS["usrnet"](), batch._replace(x=x), ValueError, expected, "evaluate", "supervised")

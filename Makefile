@@ -2,6 +2,7 @@
 # make paper   install, then all tables and figures of a configuration as one resumable batch (workflow/Snakefile)
 # make plan    list the jobs of the full reproduction and estimate their run time
 # make test    install, then all checks
+# make docs    the website of the notebooks, results and functions, in _site/
 # make lab     JupyterLab on the notebooks
 #
 # Choices:  NETWORK=deq|varnet|e2e-varnet|usrnet  CONFIG=demo|gpu|... (config/*.yaml)  TARGETS="table_1 figure_3"  CORES=2  GPUS=0
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo paper plan test lab install check-export check-clean check-types check-notebooks check-tests check-experiments clean
+.PHONY: demo paper plan test docs lab install check-export check-clean check-types check-notebooks check-tests check-experiments clean
 
 NETWORK ?= varnet
 CONFIG ?= demo
@@ -46,6 +47,10 @@ paper: $(VENV)/.installed
 plan: $(VENV)/.installed
 	$(BIN)/snakemake $(TARGETS) --dry-run $(OPTIONS)
 	@$(BIN)/python -c 'from spade.workflow import estimate; print(estimate("$(CONFIG)"))'
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . _site
+	@echo "Open _site/index.html"
 
 lab: $(VENV)/.installed-dev
 	$(BIN)/python -m jupyter lab --notebook-dir nbs
@@ -97,4 +102,4 @@ check-experiments: $(VENV)/.installed-dev
 	$(BIN)/snakemake all --configfile config/smoke.yaml --config results="$$out/results" acquisitions="$$out/data" --cores $(CORES) --quiet rules
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) _site docs/api build dist *.egg-info

@@ -24,7 +24,11 @@ setup(
     packages=find_packages(include=["spade", "spade.*"]),
     package_data={"spade": ["assets/**/*", "assets/*"]},
     install_requires=requirements("requirements"),
-    extras_require={"slurm": requirements("slurm_requirements"), "dev": requirements("dev_requirements")},
+    extras_require={
+        "slurm": requirements("slurm_requirements"),
+        "docs": requirements("docs_requirements"),
+        "dev": requirements("dev_requirements") + requirements("docs_requirements"),
+    },
     python_requires=f">={cfg['min_python']}",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

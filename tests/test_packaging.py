@@ -37,9 +37,7 @@ def canonical(name: str) -> str:
 
 
 def test_every_requirement_is_pinned_within_its_range(settings, pins):
-    for text in (
-        settings["requirements"] + " " + settings["slurm_requirements"] + " " + settings["dev_requirements"]
-    ).split():
+    for text in " ".join(settings[key] for key in settings if key.endswith("requirements")).split():
         requirement = Requirement(text)
         assert canonical(requirement.name) in pins, f"{requirement.name} is missing in constraints.txt"
         assert pins[canonical(requirement.name)] in requirement.specifier, text

@@ -26,8 +26,9 @@ setup(
     install_requires=requirements("requirements"),
     extras_require={
         "slurm": requirements("slurm_requirements"),
+        "deepinv": requirements("deepinv_requirements"),
         "docs": requirements("docs_requirements"),
-        "dev": requirements("dev_requirements") + requirements("docs_requirements"),
+        "dev": sum(map(requirements, ["dev_requirements", "deepinv_requirements", "docs_requirements"]), []),
     },
     python_requires=f">={cfg['min_python']}",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),

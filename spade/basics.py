@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_real', 'norms', 'inner', 'content_key', 'seed_of', 'seeded', 'own_randomness', 'device_of', 'on_device', 'move',
-           'evaluating', 'Batch', 'BucketSampler', 'loader', 'choose', 'refused', 'check_finite', 'check_values']
+           'evaluating', 'Batch', 'BucketSampler', 'loader', 'check_finite', 'check_values', 'choose', 'refused']
 
 # %% ../nbs/01_basics.ipynb #c002
 import copy
@@ -145,23 +145,6 @@ def loader(dataset: Any, batch_size: int = 1, shuffle: bool = False, seed: int =
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, num_workers=num_workers)
 
 # %% ../nbs/01_basics.ipynb #c036
-def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:
-    """Return `value` if it is one of `choices`, else raise `ValueError` with the choices."""
-    if value in (choices := list(choices)):
-        return value
-    near = "".join(f" (did you mean {c}?)" for c in difflib.get_close_matches(str(value), map(str, choices), 1))
-    raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, choices))}{near}.")
-
-
-def refused(*calls: Callable[[], object]) -> None:
-    """Print the error of each call; raise `AssertionError` for a call without an error."""
-    for call in calls:
-        try:
-            raise AssertionError(f"no error was raised, but {call()!r} returned")
-        except (RuntimeError, TypeError, ValueError) as error:
-            print(f"{type(error).__name__}: {error}")
-
-# %% ../nbs/01_basics.ipynb #c039
 def check_finite(name: str, values: Tensor | np.ndarray) -> None:
     """Raise `ValueError` for a tensor or an array with NaN or infinity."""
     finite = values.isfinite() if isinstance(values, Tensor) else np.isfinite(values)
@@ -181,3 +164,20 @@ def check_values(y: Tensor, A: nn.Module, x: Tensor | None = None) -> None:
         raise ValueError(
             f"measurement y must be scaled to a maximum near 1, and x with it, got a maximum of {peak:.3g}."
         )
+
+# %% ../nbs/01_basics.ipynb #c039
+def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:
+    """Return `value` if it is one of `choices`, else raise `ValueError` with the choices."""
+    if value in (choices := list(choices)):
+        return value
+    near = "".join(f" (did you mean {c}?)" for c in difflib.get_close_matches(str(value), map(str, choices), 1))
+    raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, choices))}{near}.")
+
+
+def refused(*calls: Callable[[], object]) -> None:
+    """Print the error of each call; raise `AssertionError` for a call without an error."""
+    for call in calls:
+        try:
+            raise AssertionError(f"no error was raised, but {call()!r} returned")
+        except (RuntimeError, TypeError, ValueError) as error:
+            print(f"{type(error).__name__}: {error}")

@@ -9,9 +9,8 @@ __all__ = ['fft2c', 'ifft2c', 'acs_block', 'exact_lines', 'equispaced_mask', 'ef
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-
 from .basics import as_real, inner
+from torch import Tensor, nn
 
 # %% ../nbs/02_operators.ipynb #c005
 def fft2c(image: Tensor) -> Tensor:
@@ -196,6 +195,12 @@ class MultiCoilMRI(LinearOperator):
         """The fraction of k-space that was measured, ACS lines included."""
         return effective_rate(self.mask)
 
+    @property
+    def support(self) -> Tensor:
+        """The pixels that a coil sees, bool `(B, 1, H, W)`: Σ|S|² above a thousandth of its maximum."""
+        power = as_real(self.maps).square().sum(dim=(1, -1)).unsqueeze(1)
+        return power > 1e-3 * power.amax(dim=(-2, -1), keepdim=True)
+
     def with_maps(self, maps: Tensor) -> "MultiCoilMRI":
         """The same mask with other maps, e.g. those that E2E-VarNet estimates."""
         return MultiCoilMRI(self.mask, maps)
@@ -241,10 +246,10 @@ def operator_norm(A: LinearOperator, x: Tensor, iterations: int = 50) -> float:
     return x.norm().sqrt().item()
 
 # %% ../nbs/02_operators.ipynb #c073
-def crop_readout(kspace: Tensor, rows: int) -> Tensor:
-    """Remove readout oversampling: k-space `(..., rows, W)` of the central `rows` of the image."""
+def crop_readout(kspace: Tensor, rows: int, first: int | None = None) -> Tensor:
+    """K-space `(..., rows, W)` of the image's `rows` from row `first` on; None: of the central ones."""
     image = torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(kspace, dim=-2), dim=-2, norm="ortho"), dim=-2)
-    image = image.narrow(-2, kspace.shape[-2] // 2 - rows // 2, rows)
+    image = image.narrow(-2, kspace.shape[-2] // 2 - rows // 2 if first is None else first, rows)
     return torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(image, dim=-2), dim=-2, norm="ortho"), dim=-2)
 
 # %% ../nbs/02_operators.ipynb #c076

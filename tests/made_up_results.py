@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from spade.files import write_json
-from spade.runs import Run, write_csv, write_images
+from spade.runs import Run, write_csv, write_images, write_record
 from spade.tables import Results, read_results
 
 
@@ -26,7 +25,8 @@ def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0, seeds: 
     facts = {"parameters": 100, "sampling_rate": 0.25, "device": "CPU", "seconds": 1.0, "commit": "abc"}
     config = {"name": "p", "description": "d", "seeds": list(seeds)}
     data = {"checksum": "x", "split": {"test": ["a.h5"]}}
-    write_json(folder / "result.json", {"run": vars(run), "run_key": run.name, **facts, "config": config, "data": data})
+    record = {"run": vars(run), "run_key": run.name, **facts, "config": config, "data": data}
+    write_record(folder / "result.json", record, [folder / "metrics.csv", folder / "images.npz"])
 
 
 def write_photo_run(out: Path, run: Run, psnr: float, before: float | None = None, images: int = 2) -> None:
@@ -54,7 +54,8 @@ def write_photo_run(out: Path, run: Run, psnr: float, before: float | None = Non
     facts |= {"tile": None, "photographs": images, "measurements": 3 * images, "validation_psnr": 30.0, "commit": "abc"}
     facts |= {"parameters": 100, "device": "CPU", "seconds": 1.0, "loaded": "" if run.strategy else "usrnet_tiny.pth"}
     config = {"name": "p", "description": "d"}
-    write_json(folder / "result.json", {"run": vars(run), "run_key": run.name, **facts, "config": config})
+    files = [folder / name for name in ("metrics.csv", "curve.csv", "images.npz")]
+    write_record(folder / "result.json", {"run": vars(run), "run_key": run.name, **facts, "config": config}, files)
 
 
 def write_latency(out: Path, network: str, size: str = "paper", milliseconds: float = 1.0, parameters: int = 1) -> None:
@@ -73,6 +74,7 @@ def write_latency(out: Path, network: str, size: str = "paper", milliseconds: fl
     ]
     stored = [pd.read_csv(path)] if path.is_file() else []
     write_csv(path, pd.concat([*stored, pd.DataFrame(rows)]))
+    write_record(path.with_suffix(".json"), {"latency_key": network}, [path])
 
 
 def add_photo_runs(out: Path) -> Path:

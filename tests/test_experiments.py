@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
@@ -22,8 +24,10 @@ from spade.runs import (
     Run,
     acquisition_files,
     build_network,
+    data_checksum,
     data_files,
     datasets,
+    file_checksum,
     find_teacher,
     first_weights,
     is_complete,
@@ -232,11 +236,60 @@ def test_changed_data_make_another_input_and_another_place_does_not(tmp_path):
     assert checksum("here") != first
 
 
-def test_a_damaged_result_counts_as_missing(tmp_path):
-    VARNET.folder(tmp_path).mkdir(parents=True)
-    (VARNET.folder(tmp_path) / "network.safetensors").touch()
-    (VARNET.folder(tmp_path) / "result.json").write_text('{"run_key": "abc"')
-    assert not is_complete(VARNET, tmp_path, {"run_key": "abc"})
+def test_zeros_in_the_middle_of_a_data_file_make_another_input(tmp_path):
+    path, content = tmp_path / "a.h5", bytearray(os.urandom(1 << 20))
+    checksum = lambda: run_inputs(STUDENT, load_config("smoke"), str(tmp_path))["data_checksum"]
+    path.write_bytes(content)
+    first = checksum()
+    content[1 << 18 : 1 << 19] = bytes(1 << 18)
+    path.write_bytes(content)
+    assert checksum() != first
+
+
+def test_the_checksum_of_a_large_file_is_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPADE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.h5"
+    path.write_bytes(b"a" * 1000)
+    checksum = data_checksum(path, large=0)
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("spade.runs.file_checksum", lambda path: pytest.fail("read again"))
+        assert data_checksum(path, large=0) == checksum
+    kept.write_bytes(kept.read_bytes().replace(checksum[:2].encode(), b"zz"))
+    assert data_checksum(path, large=0) == checksum, "a damaged record is not believed"
+    path.write_bytes(b"b" * 1000)
+    assert data_checksum(path, large=0) == file_checksum(path) != checksum
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.csv", "curve.csv", "images.npz", "network.safetensors"])
+@pytest.mark.parametrize("damage", ["removed", "cut", "flipped"])
+def test_a_damaged_file_of_a_run_is_named_and_the_run_counts_as_not_made(workplace, tmp_path, name, damage):
+    shutil.copytree(STUDENT.folder(workplace), STUDENT.folder(tmp_path))
+    inputs = {"run_key": result_of(STUDENT, workplace)["run_key"]}
+    path = STUDENT.folder(tmp_path) / name
+    content = path.read_bytes()
+    assert is_complete(STUDENT, tmp_path, inputs)
+    if damage == "removed":
+        path.unlink()
+        expected = None if name == "result.json" else f"{name} must be as it was written, got no file"
+    else:
+        middle = len(content) // 2
+        flip = bytes([content[middle] ^ 1])
+        path.write_bytes(content[:middle] + (b"" if damage == "cut" else flip + content[middle + 1 :]))
+        expected = rf"{name} (must be as it was written, got a changed or truncated file|is not valid JSON)"
+    with pytest.warns(UserWarning, match=rf"{expected}.* {STUDENT.name} is made again") if expected else nullcontext():
+        assert not is_complete(STUDENT, tmp_path, inputs)
+
+
+def test_no_student_is_trained_from_a_damaged_teacher(workplace, tmp_path):
+    shutil.copytree(VARNET.folder(workplace), VARNET.folder(tmp_path))
+    path = VARNET.folder(tmp_path) / "network.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1001] ^= 1
+    path.write_bytes(content)
+    done = papermill(STUDENT, tmp_path, data=str(workplace / "data"))
+    assert done.returncode == 1 and not (STUDENT.folder(tmp_path) / "curve.csv").exists()
+    assert re.search(r"ValueError: \S+/varnet-R6-teacher-seed0/network.safetensors ", done.stderr), done.stderr[-2000:]
 
 
 def test_other_weights_of_a_shipped_teacher_make_another_key(monkeypatch, tmp_path):

@@ -1,30 +1,41 @@
 """Checkpoints: bit-identical round trips, pruned widths, foreign networks, kills, full disks, and damaged files."""
 
+import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import spade.checkpoint
-from spade.checkpoint import describe, layer_widths, load, read_checkpoint, save
-from spade.models import DEQ, E2EVarNet, VarNet
+from spade.checkpoint import MARK, digest_of, layer_sizes, load, read_checkpoint, save
+from spade.models import DEQ, E2EVarNet, USRNet, VarNet
 from spade.operators import MultiCoilMRI, normalize_maps
 from spade.pruning import prune
 from spade.random_baseline import randomize
+
+pytestmark = pytest.mark.filterwarnings("ignore:relative step of the DEQ")  # untrained, with four iterations
 
 NETWORKS = {
     "DEQ": lambda: DEQ(features=10, num_blocks=1, max_iterations=4, alpha=0.3),
     "VarNet": lambda: VarNet(num_cascades=2, channels=5, num_pools=2),
     "E2EVarNet": lambda: E2EVarNet(num_cascades=1, channels=5, num_pools=2, sens_channels=3, sens_num_pools=2),
 }
+
+
+def widths(model: nn.Module) -> dict:
+    """The sizes of all layers; not those of the network itself, such as the iterations of the last search."""
+    return {name: sizes for name, sizes in layer_sizes(model).items() if name}
 
 
 def make(name: str, seed: int = 0) -> nn.Module:
@@ -51,7 +62,7 @@ def test_round_trip_is_bit_identical(tmp_path, name, ratio):
     assert (
         type(back) is type(model)
         and back.config() == model.config()
-        and layer_widths(back) == layer_widths(model)
+        and widths(back) == widths(model)
         and not back.training
     )
     assert list(back.state_dict()) == list(model.state_dict())
@@ -80,24 +91,19 @@ def test_loaded_network_trains_and_can_start_at_random(tmp_path):
     assert randomize(back, 0).denoiser.head.out_channels == back.denoiser.head.out_channels
 
 
-def test_one_file_holds_everything_and_describe_prints_it(tmp_path, capsys):
+def test_one_file_holds_everything(tmp_path):
     save(prune(make("VarNet"), 0.40), tmp_path / "m", seed=3, data={"train": 5})
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
     header = read_checkpoint(tmp_path / "m")[1]
-    assert header["model"] == "VarNet" and header["provenance"] == {"seed": 3, "data": {"train": 5}}
-    assert header["config"]["num_cascades"] == 2
-    describe(tmp_path / "m")
-    printed = capsys.readouterr().out
-    name, widths = next(iter(header["widths"].items()))
-    assert f"{name} " + " ".join(f"{key}={value}" for key, value in widths.items()) in printed.splitlines()
-    assert json.loads(printed[: printed.index(f"\n{name} ")]) == {k: v for k, v in header.items() if k != "widths"}
+    assert header.model == "VarNet" and header.provenance == {"seed": 3, "data": {"train": 5}}
+    assert header.config["num_cascades"] == 2
 
 
 def test_shipped_teachers_hold_their_description():
     for path in sorted((Path(spade.checkpoint.__file__).parent / "assets" / "teachers").iterdir()):
         assert path.suffix == ".safetensors"
-        assert {"commit", "versions", "device", "run"} <= set(read_checkpoint(path)[1]["provenance"])
-        assert sum(p.numel() for p in load(path).parameters()) == read_checkpoint(path)[1]["parameters"]
+        assert {"commit", "versions", "device", "run"} <= set(read_checkpoint(path)[1].provenance)
+        assert sum(p.numel() for p in load(path).parameters()) == read_checkpoint(path)[1].parameters
 
 
 def test_double_precision_and_a_dot_in_the_name(tmp_path):
@@ -127,14 +133,16 @@ def test_foreign_network(tmp_path):
     thin = prune(model.eval(), 0.50, priors=[(model, x, [model.b])])
     save(thin, tmp_path / "m")
     skeleton = Foreign()
-    back = load(tmp_path / "m", model=skeleton)
+    back = load(tmp_path / "m", build=lambda: skeleton)
     assert torch.equal(back(x), thin(x)) and back.d.groups == 4 and skeleton.d.groups == 8
-    with pytest.raises(ValueError, match="holds a Foreign, none of DEQ, VarNet, E2EVarNet.*pass model="):
+    with pytest.raises(
+        ValueError, match="holds a Foreign from outside spade.models .DEQ, VarNet, E2EVarNet.*pass build="
+    ):
         load(tmp_path / "m")
-    with pytest.raises(ValueError, match="must hold the architecture of this Foreign, got a difference in 'c"):
-        load(tmp_path / "m", model=Foreign(extra=True))
-    with pytest.raises(ValueError, match="model must be a Foreign, as in .*m.safetensors, got a DEQ"):
-        load(tmp_path / "m", model=make("DEQ"))
+    with pytest.raises(ValueError, match="must fit the architecture of this Foreign, got a difference in 'c"):
+        load(tmp_path / "m", build=lambda: Foreign(extra=True))
+    with pytest.raises(ValueError, match="build must make a Foreign, as in .*m.safetensors, got a DEQ"):
+        load(tmp_path / "m", build=lambda: make("DEQ"))
 
 
 class Shared(nn.Module):
@@ -162,7 +170,7 @@ def test_shared_layers_and_parameters_stay_shared(tmp_path):
     model, x = Shared().eval(), torch.randn(1, 2, 9, 9)
     thin = prune(model, 0.40, priors=[(model, x, [model.tail, model.last])])
     save(thin, tmp_path / "m")
-    back, fresh = load(tmp_path / "m", model=Shared()), randomize(thin, 0, build=Shared).eval()
+    back, fresh = load(tmp_path / "m", build=Shared), randomize(thin, 0, build=Shared).eval()
     assert torch.equal(back(x), thin(x)) and fresh(x).shape == x.shape and not torch.equal(fresh(x), thin(x))
     for network in (thin, back, fresh):
         assert network.blocks[0] is network.blocks[1] and network.blocks[0][0].out_channels == 6
@@ -177,13 +185,13 @@ def test_a_shared_layer_does_not_take_two_different_ones(tmp_path):
     with pytest.raises(
         ValueError, match="must hold equal values for '(blocks|last).*' and '.*', one parameter of this Shared"
     ):
-        load(tmp_path / "m", model=Shared())
+        load(tmp_path / "m", build=Shared)
     save(Shared(), tmp_path / "n")
     x, apart = (
         torch.randn(1, 2, 9, 9),
-        load(tmp_path / "n", model=Shared(shared=False)),
+        load(tmp_path / "n", build=lambda: Shared(shared=False)),
     )  # the other way round nothing is lost
-    assert torch.equal(apart(x), load(tmp_path / "n", model=Shared())(x))
+    assert torch.equal(apart(x), load(tmp_path / "n", build=Shared)(x))
 
 
 def test_layer_norm_and_group_norm(tmp_path):
@@ -199,16 +207,16 @@ def test_layer_norm_and_group_norm(tmp_path):
         model = make_network().eval()
         thin = prune(model, 1 - after / model[0].weight.shape[0], priors=[(model, x, [model[2]])])
         save(thin, tmp_path / "m")
-        back = load(tmp_path / "m", model=make_network())
+        back = load(tmp_path / "m", build=make_network)
         assert back[1].weight.shape == (after,) and torch.equal(back(x), thin(x))
-        assert read_checkpoint(tmp_path / "m")[1]["widths"] == layer_widths(back)
-    assert layer_widths(nn.Sequential(nn.LayerNorm((3, 5)))) == {"0": {"normalized_shape": [3, 5]}}
+        assert read_checkpoint(tmp_path / "m")[1].sizes == layer_sizes(back)
+    assert layer_sizes(nn.Sequential(nn.LayerNorm((3, 5)))) == {"0": {"normalized_shape": [3, 5]}}
 
 
 def test_another_architecture(tmp_path):
     save(make("VarNet"), tmp_path / "m")
-    with pytest.raises(ValueError, match="must hold the architecture of this VarNet"):
-        load(tmp_path / "m", model=VarNet(num_cascades=3, channels=5, num_pools=2))
+    with pytest.raises(ValueError, match="must fit the architecture of this VarNet"):
+        load(tmp_path / "m", build=lambda: VarNet(num_cascades=3, channels=5, num_pools=2))
 
 
 def test_provenance_may_hold_paths_arrays_and_any_name(tmp_path):
@@ -221,7 +229,7 @@ def test_provenance_may_hold_paths_arrays_and_any_name(tmp_path):
         path="elsewhere",
     )
     expected = {"source": str(Path("data/a.h5")), "scores": [1.5, 2.0], "model": "teacher", "path": "elsewhere"}
-    assert path == tmp_path / "m.safetensors" and read_checkpoint(path)[1]["provenance"] == expected
+    assert path == tmp_path / "m.safetensors" and read_checkpoint(path)[1].provenance == expected
     assert isinstance(load(path), DEQ)
     with pytest.raises(TypeError, match="value must be JSON, a path, an array or a tensor, got {"):
         save(make("DEQ"), tmp_path / "n", source={1})
@@ -232,19 +240,6 @@ def test_weights_alone_are_not_saved(tmp_path):
     with pytest.raises(TypeError, match="model must be an nn.Module, got a OrderedDict"):
         save(make("DEQ").state_dict(), tmp_path / "m")
     assert not list(tmp_path.iterdir())
-
-
-def test_another_format_is_refused_and_a_missing_one_is_not(tmp_path):
-    save(make("DEQ"), tmp_path / "m")
-    tensors, description = read_checkpoint(tmp_path / "m")
-    save_file(
-        tensors, str(tmp_path / "new.safetensors"), metadata={"spade": json.dumps(description | {"format": "spade-2"})}
-    )
-    with pytest.raises(ValueError, match="new.safetensors must have format 'spade-1', got 'spade-2'"):
-        load(tmp_path / "new")
-    del description["format"]
-    save_file(tensors, str(tmp_path / "old.safetensors"), metadata={"spade": json.dumps(description)})
-    assert isinstance(load(tmp_path / "old"), DEQ)
 
 
 def test_missing_file(tmp_path):
@@ -310,3 +305,247 @@ def test_kill_while_saving_keeps_the_old_checkpoint(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert torch.equal(load(tmp_path / "m").denoiser.head.weight, old.denoiser.head.weight)
+
+
+# Files that were damaged, and files that lie: their digest is right
+
+
+def forge(path: Path, change, tensors=None) -> None:
+    """Write `path` again with a changed description, or text in its place, changed tensors, and the right digest."""
+    old, description = read_checkpoint(path)
+    values = description.model_dump() | {"sha256": "0" * 64}
+    changed = change(values)
+    text = changed if isinstance(changed, str) else json.dumps(values, separators=(",", ":"))
+    save_file(old if tensors is None else tensors(old), str(path), metadata={"spade": text})
+    content = bytearray(path.read_bytes())
+    if MARK in content:
+        start, digest = digest_of(content)
+        content[start : start + 64] = digest.encode()
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save(prune(make("VarNet"), 0.40), tmp_path / "m", seed=1)
+
+
+def refused(path: Path, build=None) -> str:
+    """The one sentence of `load`; it takes less than a second and less than 50 MB."""
+    process, began = psutil.Process(), time.perf_counter()
+    before = process.memory_info().rss
+    with pytest.raises(ValueError) as caught:
+        load(path, build)
+    assert time.perf_counter() - began < 3 and process.memory_info().rss - before < 50e6
+    message = str(caught.value)
+    assert type(caught.value) is ValueError and "m.safetensors" in message and message.endswith(".")
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+def test_a_forged_file_without_a_change_loads(saved):
+    forge(saved, lambda d: None)
+    assert isinstance(load(saved), VarNet)
+
+
+def test_every_single_bit_fault_is_noticed(tmp_path):
+    path = save(DEQ(features=2, num_blocks=1), tmp_path / "m", note="Z\u00fcrich")
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    generator = np.random.default_rng(int(os.environ.get("SPADE_FAULT_SEED", "0")))
+    stretches = ((8 * 200, 8 * header), (8 * header, 8 * len(content)))
+    bits = {*range(8 * 200)}.union(*(generator.integers(*stretch, 1000).tolist() for stretch in stretches))
+    for bit in bits:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="m.safetensors"):
+            load(path)
+    path.write_bytes(content)
+    assert isinstance(load(path), DEQ)
+
+
+def put(*keys, value):
+    """A change of the description: the value at these keys."""
+
+    def change(description):
+        for key in keys[:-1]:
+            description = description[key]
+        description[keys[-1]] = value
+
+    return change
+
+
+HEAD = ("sizes", "cascades.0.model.unet.conv.layers.0")
+LIES = {
+    "num_cascades": (put("config", "num_cascades", value=10**9), "config.num_cascades.*number up to 1,000,000"),
+    "num_cascades below a million": (put("config", "num_cascades", value=10**6), "num_cascades=1000000"),
+    "many cascades": (put("config", "num_cascades", value=30), "more than .* parameters"),
+    "num_pools": (put("config", "num_pools", value=60), "num_pools=60"),
+    "wide": (put("config", "channels", value=10**6), "channels .* of .*, which has"),
+    "negative": (put("config", "channels", value=-5), "negative"),
+    "fractional": (put("config", "num_pools", value=1.5), "float"),
+    "unknown argument": (put("config", "colour", value=1), "colour"),
+    "NaN": (put("config", "num_pools", value=float("nan")), "number up to"),
+    "nested argument": (put("config", "num_pools", value=[[1]]), "number up to"),
+    "other argument": (put("config", "num_cascades", value=1), "difference in 'cascades.1"),
+    "no arguments": (put("config", value=None), "pass build="),
+    "arguments that are a list": (put("config", value=[1, 2]), "config must be a valid dict"),
+    "missing config": (lambda d: d.pop("config") and None, "config is missing"),
+    "missing sizes": (lambda d: d.pop("sizes") and None, "sizes is missing"),
+    "missing model": (lambda d: d.pop("model") and None, "model is missing"),
+    "another key": (put("code", value="import os"), "unknown key 'code'"),
+    "unknown class": (put("model", value="ResNet"), "holds a ResNet from outside spade.models"),
+    "a class that is code": (put("model", value="os.system('ls')"), "model"),
+    "another class": (put("model", value="DEQ"), "config must build a DEQ"),
+    "older version": (put("format", value="spade-1"), "must have format 'spade-2', got 'spade-1'"),
+    "newer version": (put("format", value="spade-3"), "must have format 'spade-2', got 'spade-3'"),
+    "no version": (lambda d: d.pop("format") and None, "must have format 'spade-2', got None"),
+    "list": (lambda d: "[1, 2]", "must have format 'spade-2', got a list"),
+    "no JSON": (lambda d: "widths", "must hold its description as JSON"),
+    "deep": (lambda d: "[" * 100_000, "must hold its description as JSON, got recursion"),
+    "negative width": (put(*HEAD, "out_channels", value=-3), "out_channels -3 of .*, which has 20"),
+    "fractional width": (put(*HEAD, "out_channels", value=3.5), "out_channels.* must be a valid integer, got 3.5"),
+    "zero width": (put(*HEAD, "out_channels", value=0), "out_channels 0"),
+    "wide layer": (put(*HEAD, "out_channels", value=10**9), "out_channels 1000000000"),
+    "width of other tensors": (put(*HEAD, "out_channels", value=11), "whose sizes give .11"),
+    "groups": (put(*HEAD, "groups", value=3), "groups 3"),
+    "stride": (put(*HEAD, "stride", value=[2, 2]), "stride .2, 2. of .*, which has .1, 1."),
+    "absent width": (lambda d: d["sizes"][HEAD[1]].pop("out_channels") and None, "'out_channels' among the sizes"),
+    "absent layer": (lambda d: d["sizes"].pop(HEAD[1]) and None, "among the sizes"),
+    "unknown layer": (put("sizes", "nowhere", value={"a": 1}), "difference in 'nowhere'"),
+    "forward": (put(*HEAD, "forward", value=1), "'forward' among the sizes"),
+    "method of the network": (put("sizes", "", value={"refine": 1}), "'refine' among the sizes"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_description_that_lies_is_refused(saved, name):
+    change, message = LIES[name]
+    forge(saved, change)
+    assert re.search(message, found := refused(saved)), found
+
+
+FIRST = "cascades.0.model.unet.conv.layers.0.weight"
+TENSORS = {
+    "NaN": (lambda t: t | {FIRST: t[FIRST] * float("nan")}, "must be finite, got .* values of NaN or infinity in"),
+    "one infinity": (lambda t: t | {"cascades.1.dc_weight": torch.tensor([float("inf")])}, "1 values of NaN or inf"),
+    "integers": (lambda t: t | {FIRST: t[FIRST].int()}, "got 'casc.*int32 .* for float32"),
+    "complex": (lambda t: t | {FIRST: t[FIRST].to(torch.complex64)}, "complex64 .* for float32"),
+    "narrower": (lambda t: t | {FIRST: t[FIRST][:-1].clone()}, "weight .* whose sizes give"),
+    "flat": (lambda t: t | {FIRST: t[FIRST].flatten()}, "weight .* whose sizes give"),
+    "longer": (lambda t: t | {"cascades.1.dc_weight": torch.ones(5)}, r"float32 \[5\] for float32 \[1\]"),
+    "missing": (lambda t: {k: v for k, v in t.items() if k != FIRST}, "difference in 'cascades.0"),
+    "more": (lambda t: t | {"a/../../b": torch.ones(1)}, "difference in 'a/../../b'"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_of_another_network_are_refused(saved, name):
+    change, message = TENSORS[name]
+    forge(saved, lambda d: None, change)
+    assert re.search(message, found := refused(saved)), found
+
+
+@pytest.mark.parametrize("name", NETWORKS | {"USRNet": 0})
+def test_no_argument_of_a_network_makes_loading_slow(tmp_path, name):
+    model = USRNet(iterations=2, widths=[4, 4, 4, 4], blocks=1, hypanet_channels=4) if name == "USRNet" else make(name)
+    for key, old in model.config().items():
+        for value in (10**6, [10**6] * 4 if isinstance(old, list) else 10**5):
+            path = save(model, tmp_path / "m")
+            forge(path, put("config", key, value=value))
+            began = time.perf_counter()
+            try:  # accepted where it is no size, such as max_iterations
+                assert sum(p.numel() for p in load(path).parameters()) == sum(p.numel() for p in model.parameters())
+            except ValueError as error:
+                assert str(path) in str(error)
+            assert time.perf_counter() - began < 3, key
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = make("DEQ")
+    with torch.no_grad():
+        model.denoiser.head.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="weights of DEQ must be finite, got 1 values .* 'denoiser.head.weight'"):
+        save(model, tmp_path / "m")
+    model = Foreign()
+    model.register_buffer("mask", torch.tensor([0.0, -float("inf")]))  # of attention, for example
+    assert load(save(model, tmp_path / "m"), build=lambda: copy.deepcopy(model)).mask[1] == -float("inf")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_loaded_network_does_not_depend_on_its_file(saved):
+    model = load(saved)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with saved.open("r+b") as file:  # in place, then shorter
+        file.write(b"\0" * saved.stat().st_size)
+        file.truncate(10)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model(*measurement())
+
+
+def test_a_link_out_of_the_folder_is_refused(saved):
+    folder = saved.parent / "downloaded"
+    folder.mkdir()
+    (folder / "m.safetensors").symlink_to(saved)
+    with pytest.raises(ValueError, match="must be a file in its folder, got a link to .*m.safetensors; pass that path"):
+        load(folder / "m")
+    (saved.parent / "latest.safetensors").symlink_to(saved)  # inside its folder
+    assert isinstance(load(saved.parent / "latest"), VarNet)
+    with pytest.raises(FileNotFoundError):
+        load(folder)
+
+
+class Split(nn.Module):
+    """Sizes outside PyTorch's layers: parts of a split, channels of a view, a bare parameter, a counter."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 2 * width, 1), nn.Conv2d(width, 1, 1)
+        self.parts, self.width, self.calls = (width, width), width, 0
+        self.scale = nn.Parameter(torch.ones(1, width, 1, 1))
+
+    def forward(self, x):
+        self.calls += 1
+        a, b = self.first(x).split(self.parts, dim=1)
+        return self.last((a * b).view(len(x), self.width, *x.shape[2:]) * self.scale)
+
+
+def thin_split() -> Split:
+    thin = Split()
+    thin.first, thin.last, thin.parts, thin.width = nn.Conv2d(1, 10, 1), nn.Conv2d(5, 1, 1), (5, 5), 5
+    thin.scale = nn.Parameter(torch.rand(1, 5, 1, 1))
+    return thin
+
+
+def test_sizes_of_own_modules_are_applied(tmp_path):
+    thin, x = thin_split(), torch.randn(2, 1, 6, 6)
+    thin(x)  # counts
+    back = load(save(thin, tmp_path / "m"), build=Split)
+    assert back.parts == (5, 5) and back.width == 5 and back.calls == 0 and torch.equal(back(x), thin(x))
+
+
+def test_a_class_of_the_same_name_is_not_that_of_the_package(tmp_path):
+    other = type("DEQ", (Foreign,), {})
+    save(other(), tmp_path / "m")
+    assert "holds a DEQ from outside spade.models" in refused(tmp_path / "m.safetensors")
+    assert type(load(tmp_path / "m", build=other)) is other
+
+
+@pytest.mark.parametrize("build", [Foreign(), 3, lambda: None, lambda: Foreign().state_dict()])
+def test_build_must_be_a_function_that_makes_a_network(tmp_path, build):
+    save(Foreign(), tmp_path / "m")
+    with pytest.raises(TypeError, match="build must be a function that makes an unpruned Foreign, got"):
+        load(tmp_path / "m", build=build)
+
+
+def test_building_keeps_the_random_numbers_of_the_caller(tmp_path):
+    save(Foreign(), tmp_path / "m")
+    state = torch.random.get_rng_state()
+    load(tmp_path / "m", build=Foreign)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_all_state_of_the_networks_is_in_their_state_dict():
+    for name in NETWORKS:  # `load` builds them without memory
+        model = make(name)
+        assert {n for n, _ in (*model.named_parameters(), *model.named_buffers())} == set(model.state_dict())

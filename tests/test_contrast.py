@@ -261,7 +261,7 @@ def operator(coils: int = 3, width: int = 8) -> MultiCoilMRI:
 
 def other_architecture(files: list[Path], folder: Path) -> object:
     spade.save(DEQ(features=4, num_blocks=1), folder / "teacher")
-    return spade.load(folder / "teacher", model=varnet())
+    return spade.load(folder / "teacher", build=varnet)
 
 
 FAULTS = {
@@ -299,7 +299,7 @@ FAULTS = {
         lambda files, folder: operator().adjoint(torch.ones(1, 4, 6, 8, dtype=torch.complex64)),
         ["k-space", "(1, 4, 6, 8)", "3"],
     ),
-    "checkpoint": (other_architecture, ["teacher.safetensors", "must be a DEQ", "VarNet"]),
+    "checkpoint": (other_architecture, ["teacher.safetensors", "must make a DEQ", "VarNet"]),
     "config": (lambda files, folder: load_config("demoo"), ["config 'demoo'", "demo, gpu, paper"]),
     "network": (lambda files, folder: Run("usnet"), ["network 'usnet'", "deq, varnet, e2e-varnet"]),
     "strategy": (

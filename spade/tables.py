@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RUN_FIELDS', 'TIDY', 'SCALE', 'CELL', 'KEYS', 'COSTS', 'PARTS', 'TABLE_OF', 'MRI_NETWORKS', 'DIGITS', 'SIGNS',
-           'run_records', 'runs_text', 'read_runs', 'read_table', 'Results', 'read_results', 'is_pictured',
-           'write_pictures', 'write_tidy', 'collect', 'each_seed', 'over_seeds', 'quality_numbers', 'cost_numbers',
-           'beside_paper', 'wide_table', 'table_1', 'table_3', 'table_4', 'number_text', 'printed_table',
-           'table_markdown', 'write_table', 'seeds_text', 'photo_lines', 'data_lines', 'made_on', 'timing_line',
-           'caption_1', 'caption_3', 'caption_4', 'recovered', 'comparisons']
+           'run_records', 'runs_text', 'check_tidy', 'read_runs', 'read_csv', 'read_table', 'Results', 'read_results',
+           'is_pictured', 'write_pictures', 'write_tidy', 'collect', 'each_seed', 'over_seeds', 'quality_numbers',
+           'cost_numbers', 'beside_paper', 'wide_table', 'table_1', 'table_3', 'table_4', 'number_text',
+           'printed_table', 'table_markdown', 'write_table', 'seeds_text', 'photo_lines', 'data_lines', 'made_on',
+           'timing_line', 'caption_1', 'caption_3', 'caption_4', 'recovered', 'comparisons']
 
 # %% ../nbs/repro/34_tables.ipynb #c003
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,10 @@ import numpy as np
 import pandas as pd
 
 from .basics import choose
-from .files import atomic_write, read_json, resolve
+from .files import atomic_write, resolve
 from .losses import STRATEGIES
 from .paper import LABEL, NAMED_RATIO, TABLE_ACCELERATION, paper_numbers
-from .runs import Run
+from .runs import Run, read_record, write_record
 
 # %% ../nbs/repro/34_tables.ipynb #c006
 RUN_FIELDS: tuple[str, ...] = ("name", "network", "acceleration", "ratio", "strategy", "start", "seed")
@@ -35,9 +36,9 @@ def run_records(out: Path, names: Iterable[str] | None = None) -> list[dict]:
     records = []
     for path in sorted((out / "runs").glob("*/result.json")):
         if names is None or path.parent.name in names:
-            record = read_json(path)
-            record.pop("means", None)
-            records.append({"name": path.parent.name, **record.pop("run"), **record})
+            record = read_record(path, (".csv", ".npz"))
+            own = {key: value for key, value in record.items() if key not in ("run", "means", "files")}
+            records.append({"name": path.parent.name, **record["run"], **own})
     return records
 
 
@@ -49,10 +50,17 @@ def runs_text(records: list[dict]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 # %% ../nbs/repro/34_tables.ipynb #c008
+def check_tidy(path: Path) -> Path:
+    """The path of a tidy file. Raises ValueError if it exists and has changed since `collect` wrote it."""
+    if path.is_file():
+        read_record(path.with_name("checksums.json"), path.name)
+    return path
+
+
 def read_runs(out: str | Path, made: bool = False, names: Iterable[str] | None = None) -> pd.DataFrame:
     """A row per complete run, all or those named: RUN_FIELDS and its facts, among them the dict `config`."""
     path = resolve(out) / "runs.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if not made and path.is_file() else ["{}"]
+    lines = path.read_text(encoding="utf-8").splitlines() if not made and check_tidy(path).is_file() else ["{}"]
     shared, *own = [json.loads(line) for line in lines]
     records = run_records(path.parent, names) if made else [{**shared, **record} for record in own]
     columns = [*RUN_FIELDS, "config", "parameters", "device", "seconds", "commit", "data", "loaded"]
@@ -68,12 +76,25 @@ TIDY: dict[str, tuple[str, str]] = {
 }
 
 
+def read_csv(path: Path) -> pd.DataFrame:
+    """A CSV file, compressed or not. Raises ValueError with its name if it is damaged."""
+    try:
+        return pd.read_csv(path)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} must be a whole table, got {error}: make it again or remove it.") from None
+
+
 def read_table(out: Path, kind: str, names: set[str] | None = None) -> pd.DataFrame:
-    """The tidy table `kind` of a folder; with `names`, from the folders of these runs."""
+    """The tidy table `kind` of a folder; with `names`, from the folders of these runs. ValueError for a damaged file."""
     pattern, columns = TIDY[kind]
     paths = sorted(out.glob(f"{kind}.csv*" if names is None else pattern))
     paths = [path for path in paths if names is None or path.parent.parent != out / "runs" or path.parent.name in names]
-    tables = [table for path in paths if len(table := pd.read_csv(path).assign(of=path.parent.name))]
+    for path in paths if kind != "evolution" else []:  # which gzip checks
+        if names is None:
+            check_tidy(path)
+        elif kind == "latency":
+            read_record(path.with_suffix(".json"))
+    tables = [table for path in paths if len(table := read_csv(path).assign(of=path.parent.name))]
     found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["of", *columns.split()])
     return found.assign(name=found.get("name", found["of"])).reindex(columns=columns.split())
 
@@ -103,7 +124,7 @@ class Results:
     def pictures(self, run: Run) -> dict[str, np.ndarray]:
         """Images of a run by name: magnitudes (H, W) or colours (H, W, 3) in [0, 1]; empty if there are none."""
         path = run.folder(self.out) / "images.npz" if self.made else self.out / "pictures.h5"
-        if not path.is_file():
+        if not (path if self.made else check_tidy(path)).is_file():
             return {}
         with np.load(path) if self.made else h5py.File(path) as stored:
             arrays = {key: image[()] for key, image in (stored if self.made else stored.get(run.name, {})).items()}
@@ -148,7 +169,7 @@ def write_tidy(path: Path, table: pd.DataFrame, form: str | None = "%.6g") -> Pa
 
 
 def collect(out: str | Path, runs: Iterable[str] | None = None) -> list[Path]:
-    """Write the tidy files from `out`/runs, all or those named, and `out`/latency; return their paths.
+    """Write the tidy files from `out`/runs, all or those named, and `out`/latency, and their checksums; return the paths.
 
     Raises FileNotFoundError if no run is complete, so that a clone keeps its committed files.
     """
@@ -158,13 +179,14 @@ def collect(out: str | Path, runs: Iterable[str] | None = None) -> list[Path]:
         raise FileNotFoundError(f"{out / 'runs'} must hold a complete run (result.json), got none.")
     images = {record["name"]: out / "runs" / record["name"] / "images.npz" for record in filter(is_pictured, records)}
     stored = {name: path for name, path in images.items() if path.is_file()}
-    return [
+    paths = [
         atomic_write(out / "runs.jsonl", lambda part: part.write_text(runs_text(records), encoding="utf-8")),
         write_tidy(out / "metrics.csv.gz", results.metrics),
         write_tidy(out / "curves.csv.gz", results.curves),
         *([write_tidy(out / "latency.csv", results.latency, None)] if len(results.latency) else []),
         *([write_pictures(out / "pictures.h5", stored)] if stored else []),
     ]
+    return [*paths, write_record(out / "checksums.json", {}, paths)]
 
 # %% ../nbs/repro/34_tables.ipynb #c025
 #: factor from our unit to the paper's: dB, percent

@@ -102,7 +102,15 @@ def photo_out(out) -> Path:
 def clone(tmp_path_factory) -> Path:
     """The tidy files of outputs/demo alone."""
     folder = tmp_path_factory.mktemp("demo")
-    for name in ("runs.jsonl", "metrics.csv.gz", "curves.csv.gz", "latency.csv", "evolution.csv.gz", "pictures.h5"):
+    for name in (
+        "runs.jsonl",
+        "metrics.csv.gz",
+        "curves.csv.gz",
+        "latency.csv",
+        "evolution.csv.gz",
+        "pictures.h5",
+        "checksums.json",
+    ):
         shutil.copy(OUTPUTS / "demo" / name, folder)
     return folder
 

@@ -59,7 +59,7 @@ def test_outputs_and_the_tracked_tree_stay_small():
     paths = [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
     outputs = [path for path in paths if path.is_relative_to(ROOT / "outputs")]
     assert sum(path.stat().st_size for path in outputs) < 8e6 and sum(path.stat().st_size for path in paths) < 25e6
-    assert {path.suffix for path in outputs} <= {".md", ".csv", ".gz", ".jsonl", ".png", ".h5", ".ipynb"}
+    assert {path.suffix for path in outputs} <= {".md", ".csv", ".gz", ".jsonl", ".png", ".h5", ".ipynb", ".json"}
     assert len([path for path in outputs if path.suffix == ".ipynb"]) <= 3
 
 

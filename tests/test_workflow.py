@@ -358,7 +358,8 @@ def test_no_job_outlives_a_killed_snakemake(project):
 
 def test_the_estimate_rests_on_earlier_runs(tmp_path):
     assert "none of them has been measured" in estimate("smoke", str(tmp_path))
-    (tmp_path / "runs.jsonl").write_text((ROOT / "outputs" / "demo" / "runs.jsonl").read_text())
+    for name in ("runs.jsonl", "checksums.json"):
+        shutil.copy(ROOT / "outputs" / "demo" / name, tmp_path)
     count = len(paper_runs(load_config("demo")))
     printed = estimate("demo", str(tmp_path))
     assert f"demo: {count} runs to do, about " in printed and f"({count} measured)" in printed

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from .basics import choose, content_key, own_randomness
 from .files import atomic_write
-from .losses import ALLOWED_SETTINGS, Strategy, default_loss, make_strategy
+from .losses import ALLOWED_SETTINGS, Strategy, call_network, default_loss, make_strategy
 from .training import Loop, Training, as_loader, batch_stream, read_settings, scheduled_rate
 
 # %% ../nbs/repro/31_resume.ipynb #c007
@@ -105,18 +105,21 @@ def fingerprint(model: nn.Module, strategy: Strategy, training: Training, **othe
     free = {"checkpoint_every", "validate_every", *(["steps"] if training.schedule == "constant" else [])}
     settings = {name: value for name, value in training.arguments().items() if name not in free}
     choices = {"strategy": strategy.name, **strategy.choices}
-    if callable(loss := choices.get("loss")):
-        choices["loss"] = getattr(loss, "__name__", "<lambda>")
-        if choices["loss"] == "<lambda>":
-            raise ValueError(f"loss must be a function with a name if folder is given, got {loss!r}.")
+    choices |= {} if strategy.call is call_network else {"call": strategy.call}
+    for name, function in choices.items():
+        if callable(function):
+            choices[name] = getattr(function, "__name__", "<lambda>")
+            if choices[name] == "<lambda>":
+                raise ValueError(f"{name} must be a function with a name if folder is given, got {function!r}.")
     networks = {} if (teacher := getattr(strategy, "teacher", None)) is None else network_identity(teacher, "teacher")
     return network_identity(model, "network") | networks | settings | others | choices
 
 
 def check_same_run(path: Path, found: dict, expected: dict, weights_now: Collection[str]) -> None:
     """Raise `ValueError` for another run's state; `weights_now`: hashes of the weights in the file."""
-    changed = [name for name in expected if name != "network.weights" and found.get(name) != expected[name]]
-    changes = [f"{name} was {found.get(name)!r} and is now {expected[name]!r}" for name in changed]
+    names = [name for name in found | expected if name != "network.weights"]
+    changed = [name for name in names if found.get(name) != expected.get(name)]
+    changes = [f"{name} was {found.get(name)!r} and is now {expected.get(name)!r}" for name in changed]
     if not changes and expected["network.weights"] not in (found.get("network.weights"), *weights_now):
         changes = [f"the run started with other weights of {expected['network']}"]
     if changes:
@@ -282,14 +285,18 @@ def train(
 def finetune(
     student: nn.Module,  # trained in place
     data: Any,  # training set for "supervised"; test measurements for the other two
-    strategy: str = "school",  # "supervised", "school" or "self-supervised"
+    strategy: str | None = None,  # "supervised", "school", "self-supervised"; None: "school", or `loss(model, batch)`
     teacher: nn.Module | None = None,  # the network before pruning, for "school"
-    **settings: Any,  # of `train` (steps, learning_rate, folder, ...) and of the strategy (loss, rotations, ...)
+    *,
+    loss: str | Callable | None = None,  # name or function of (x_hat, x); without strategy, of (model, batch)
+    call: Callable | None = None,  # function (model, batch) to x_hat; None: model(y, A), or model(y) for one input
+    **settings: Any,  # of `train` (steps, learning_rate, folder, ...) and of the strategy (rotations, ...)
 ) -> TrainingLog:
-    """Fine-tune a pruned network by one of the three strategies of Section 3; ten epochs by default."""
+    """Fine-tune a network by a strategy of Section 3 or by a loss of your own; ten epochs by default."""
     names = {name for allowed in ALLOWED_SETTINGS.values() for name in allowed}
-    default = {} if strategy == "self-supervised" else {"loss": default_loss(student)}
-    chosen = default | {name: settings.pop(name) for name in [*settings] if name in names}
+    chosen = {name: settings.pop(name) for name in [*settings] if name in names}
+    if strategy != "self-supervised" or loss is not None:
+        chosen["loss"] = default_loss(student) if loss is None and (strategy or teacher) else loss
     if settings.get("steps") is None and settings.get("epochs") is None:
         settings["epochs"] = 10
-    return train(student, data, make_strategy(strategy, teacher, **chosen), **settings)
+    return train(student, data, make_strategy(strategy, teacher, call, **chosen), **settings)

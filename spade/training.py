@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Whole', 'Real', 'Count', 'Positive', 'Ratio', 'Kind', 'LossName', 'not_bool', 'FrozenSettings', 'setting_error',
            'read_settings', 'Training', 'scheduled_rate', 'as_batch', 'as_loader', 'seeded_batches', 'epoch_batches',
-           'batch_stream', 'Loop']
+           'batch_stream', 'named_tensors', 'Loop']
 
 # %% ../nbs/08_finetuning.ipynb #c004
 import math
@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .basics import Batch, choose, loader, move, seed_of
+from .basics import Batch, check_finite, check_values, choose, loader, move, seed_of
 from .losses import LOSSES, Strategy
 from .models.deq import DivergenceError
 
@@ -87,6 +87,7 @@ class Training(FrozenSettings):
     loss: LossName | None = None  # distance of eqs. 7 and 8, one of `LOSSES`; None: that of the network
     checkpoint_every: Count | None = None  # updates between two saved states; None: an epoch, at most 200
     validate_every: Count | None = None  # updates between two validation scores; None: a tenth of `steps`
+    patience: Count | None = None  # validations without a better score that end the training
     steps_at: dict[Ratio, Count] = {}  # other numbers of updates by pre-defined ratio, such as {0.4: 800}
     learning_rate_at: dict[Ratio, Positive] = {}  # other learning rates by pre-defined ratio
 
@@ -111,13 +112,17 @@ def scheduled_rate(step: int, training: Training) -> float:
 
 # %% ../nbs/08_finetuning.ipynb #c024
 def as_batch(value: Any) -> Any:
-    """A batch as it is, a tuple of four as a `Batch`. Raises `TypeError` for anything else."""
+    """A batch as it is, a tuple of four or a pair as a `Batch`. Raises `TypeError` for anything else."""
     if all(hasattr(value, name) for name in ("_replace", "y", "A", "x")):
         return value
     length = f" of length {len(value)}" if isinstance(value, (tuple, list)) else ""
     if length == " of length 4" and isinstance(value[0], Tensor) and callable(value[1]):
         return Batch(*value)
-    raise TypeError(f"data must yield Batch(y, A, x, info), got a {type(value).__name__}{length}.")
+    if length == " of length 2" and isinstance(value[0], (Tensor, tuple, list, dict)) and isinstance(value[1], Tensor):
+        pair: Any = (value[0], None, value[1], {})
+        return Batch(*pair)
+    expected = "Batch(y, A, x, info) or pairs (input, target)"
+    raise TypeError(f"data must yield {expected}, got a {type(value).__name__}{length}.")
 
 # %% ../nbs/08_finetuning.ipynb #c027
 def as_loader(data: Any, batch_size: int = 1, seed: int = 0, num_workers: int = 0) -> Any:
@@ -168,6 +173,19 @@ def batch_stream(data: Any, first: int, per_epoch: int | None, seed: int, rank: 
         epoch, start, unread = epoch + 1, 0, max(unread - number, 0)
 
 # %% ../nbs/08_finetuning.ipynb #c041
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in `value` (modules, tuples, dictionaries) with their names, such as `A.maps`."""
+    if isinstance(value, Tensor):
+        yield name, value
+    inner: Any = value if isinstance(value, dict) else {}
+    if isinstance(value, nn.Module):
+        inner = dict((*value.named_parameters(), *value.named_buffers()))
+    elif isinstance(value, (tuple, list)):
+        inner = dict(zip(getattr(value, "_fields", range(len(value))), value))
+    for key, part in inner.items():
+        yield from named_tensors(part, f"{name}.{key}".removeprefix("."))
+
+# %% ../nbs/08_finetuning.ipynb #c044
 class Loop:
     """A model, its optimizer, and one update of it."""
 
@@ -179,6 +197,10 @@ class Loop:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"model must have a trainable parameter, got a {type(model).__name__} that is all frozen.")
+        for p in self.parameters:
+            if p.dtype.to_real() not in (torch.float32, torch.float64):
+                advice = "use model.float(), and mixed_precision='bf16' to compute in it"
+                raise TypeError(f"model must have float32 or float64 weights to be trained, got {p.dtype}: {advice}.")
         self.adam = torch.optim.Adam(self.parameters)
         self.optimizer = accelerator.prepare(self.adam)
         self.keep_good()
@@ -191,6 +213,16 @@ class Loop:
         """Copy the tensors: the last ones that gave a finite loss."""
         self.good = [tensor.detach().clone() for tensor in self.tensors()]
 
+    def read(self, value: Any) -> Any:
+        """A batch as the strategy reads it; raises `ValueError` for one without images."""
+        if self.strategy.any_batch:
+            return value
+        batch = as_batch(value)
+        for name, tensor in named_tensors({"measurement y": batch.y, "reference x": batch.x}):
+            if not tensor.numel():
+                raise ValueError(f"{name} must hold at least one image, got shape {tuple(tensor.shape)}.")
+        return batch if self.strategy.needs_ground_truth else batch._replace(x=None)
+
     def gradients(self, batches: list, step: int) -> float:
         """Set `.grad` to the mean over batches and processes; return the mean loss."""
         self.optimizer.zero_grad()
@@ -200,7 +232,10 @@ class Loop:
             torch.manual_seed(seed)  # of dropout
             generator = torch.Generator().manual_seed(seed)  # of the strategy
             with self.accelerator.autocast():
-                loss = self.strategy(self.model, move(batch, self.accelerator.device), generator) / len(batches)
+                loss = self.strategy(self.model, move(batch, self.accelerator.device), generator)
+                if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex() or not loss.requires_grad:
+                    raise TypeError(f"the loss must be a real scalar with a gradient, got {loss!r:.60}.")
+                loss = loss / len(batches)
             self.accelerator.backward(loss)
             total += loss.detach()
         if self.accelerator.num_processes > 1:
@@ -211,7 +246,7 @@ class Loop:
 
     def update(self, batches: list, step: int, learning_rate: float) -> float:
         """One update of Adam; returns the loss. Raises what `stop` raises."""
-        batches = [b if self.strategy.needs_ground_truth else b._replace(x=None) for b in map(as_batch, batches)]
+        batches = [self.read(value) for value in batches]
         try:
             loss = self.gradients(batches, step)
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip or math.inf)
@@ -219,7 +254,7 @@ class Loop:
                 raise FloatingPointError(f"The loss is {loss}.")
             if not torch.isfinite(norm) and self.accelerator.scaler is None:  # the scaler of fp16 skips such an update
                 raise FloatingPointError(f"The gradient is not finite, the loss is {loss:.3g}.")
-        except (DivergenceError, FloatingPointError) as error:
+        except (FloatingPointError, RuntimeError, TypeError, ValueError) as error:
             self.stop(batches, step, learning_rate, error)
         self.keep_good()
         for group in self.adam.param_groups:
@@ -233,14 +268,29 @@ class Loop:
             for tensor, good in zip(self.tensors(), self.good):
                 if tensor.shape == good.shape:  # a buffer may depend on the batch
                     tensor.copy_(good)
+        diverged = isinstance(cause, (DivergenceError, FloatingPointError))
         for batch in batches:
-            place = f"in a batch of step {step + 1}, info {batch.info}"
-            tensors = {"measurement y": batch.y, "reference x": batch.x}
-            tensors |= {f"A.{name}": tensor for name, tensor in getattr(batch.A, "state_dict", dict)().items()}
-            for name, tensor in tensors.items():
-                if tensor is not None and not tensor.isfinite().all():
-                    raise ValueError(f"{name} must be finite, got NaN or infinity {place}.") from cause
-            if not batch.y.flatten(1).any(1).all():
-                raise ValueError(f"measurement y must not be zero everywhere, got such an image {place}.") from cause
+            try:
+                self.check(batch, diverged)
+            except (TypeError, ValueError) as found:
+                place = f"in a batch of step {step + 1}, info {getattr(batch, 'info', None)}"
+                raise type(found)(f"{str(found).removesuffix('.')}, {place}.") from cause
+        if not diverged:
+            raise cause
         advice = f"{cause} The last good weights were restored; lower learning_rate or set clip."
         raise FloatingPointError(f"Divergence in step {step + 1} at learning rate {rate:g}. {advice}") from cause
+
+    def check(self, batch: Any, diverged: bool) -> None:
+        """Raise for numbers that are not finite or, after a divergence, for images of zeros or in another unit."""
+        weights, parts = self.parameters[0].dtype.to_real(), batch
+        if not self.strategy.any_batch:
+            parts = {"measurement y": batch.y, "A": batch.A, "reference x": batch.x}
+        for name, tensor in named_tensors(parts):
+            check_finite(name, tensor)
+            kind = tensor.dtype.to_real() if tensor.is_floating_point() or tensor.is_complex() else weights
+            if kind != weights and not diverged:
+                raise TypeError(f"{name} must have the precision of the network's weights, {weights}, got {kind}")
+            if name == "measurement y" and diverged:
+                if not tensor.flatten(1).any(1).all():
+                    raise ValueError(f"{name} must not be zero everywhere, got such an image")
+                check_values(tensor, nn.Identity())

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Loss', 'Rotation', 'LOSSES', 'Call', 'ALLOWED_SETTINGS', 'STRATEGIES', 'smooth_l1', 'squared_error', 'l1', 'ssim_map',
            'magnitude', 'ssim_loss', 'ssim_l1_loss', 'default_loss', 'check_reference', 'supervised_loss',
-           'school_loss', 'rotate', 'rotate_right', 'draw_quarters', 'draw_rotation', 'equivariance', 'data_fidelity',
-           'model_operator', 'self_supervised_loss', 'call_network', 'Called', 'Strategy', 'Supervised', 'School',
-           'SelfSupervised', 'OwnLoss', 'make_strategy']
+           'school_loss', 'rotate', 'rotate_right', 'draw_quarters', 'draw_rotation', 'measure', 'equivariance',
+           'data_fidelity', 'model_operator', 'self_supervised_loss', 'call_network', 'Called', 'Strategy',
+           'Supervised', 'OwnLoss', 'School', 'SelfSupervised', 'make_strategy']
 
 # %% ../nbs/07_losses.ipynb #c003
 import copy
@@ -139,6 +139,11 @@ def draw_rotation(kind: str, x: Tensor, generator: torch.Generator, flips: bool 
     return lambda image: turn(torch.where(mirrored.to(image.device), image.flip(-1), image))
 
 # %% ../nbs/07_losses.ipynb #c056
+def measure(A: Any, x: Tensor) -> Tensor:
+    """$Ax$ without noise, which a physics of DeepInverse adds when it is called."""
+    return getattr(A, "A", A)(x)
+
+
 def equivariance(
     model: Callable, x_hat: Tensor, A: Any, rotation: Rotation, rotate_maps: bool = False, detach: bool = False
 ) -> Tensor:
@@ -147,13 +152,20 @@ def equivariance(
         raise TypeError(f"A must have the method transformed if rotate_maps=True, got a {type(A).__name__}.")
     x_phi = rotation(x_hat.detach() if detach else x_hat)
     A_phi = A.transformed(rotation, len(x_hat)) if rotate_maps else A
-    return squared_error(model(A_phi(x_phi), A_phi), x_phi)
+    return squared_error(model(measure(A_phi, x_phi), A_phi), x_phi)
 
 # %% ../nbs/07_losses.ipynb #c064
 def data_fidelity(x_hat: Tensor, y: Tensor, A: nn.Module) -> Tensor:
     """First term of eq. 9: l1 distance of the measurements, mean over the sampled points."""
-    num_measured = y.numel() if (mask := getattr(A, "mask", None)) is None else int(mask.expand(y.shape).sum())
-    return as_real(A(x_hat) - y).abs().sum() / (num_measured * (2 if y.is_complex() else 1))
+    if (measured := measure(A, x_hat)).shape != y.shape:
+        raise ValueError(
+            f"measurement y must have the shape of A(x_hat), {tuple(measured.shape)}, got {tuple(y.shape)}."
+        )
+    mask = getattr(A, "mask", None)
+    if isinstance(mask, Tensor) and mask.ndim == y.ndim - 1:
+        mask = mask.unsqueeze(2)  # DeepInverse's has no axis of coils
+    num_measured = int(mask.expand(y.shape).sum()) if isinstance(mask, Tensor) else y.numel()
+    return as_real(measured - y).abs().sum() / (num_measured * (2 if y.is_complex() else 1))
 
 # %% ../nbs/07_losses.ipynb #c067
 def model_operator(model: Callable, y: Tensor, A: nn.Module) -> nn.Module:
@@ -189,21 +201,19 @@ Call = Callable[[nn.Module, Any], Tensor]  # from a network and a batch to the r
 def call_network(model: nn.Module, batch: Any) -> Tensor:
     """`model(y, A)`, or `model(y)` where that does not fit; `y` may be a tuple or dictionary of inputs."""
     named: dict = batch.y if isinstance(batch.y, dict) else {}
-    inputs = tuple(batch.y) if isinstance(batch.y, (tuple, list)) else () if named else (batch.y,)
+    inputs = tuple(batch.y) if isinstance(batch.y, (tuple, list, dict)) else (batch.y,)
     signature = inspect.signature(model.forward)
-    for arguments in ((*inputs, batch.A), inputs)[batch.A is None :]:
+    for arguments in ((*inputs[len(named) :], batch.A), inputs[len(named) :])[batch.A is None :]:
         try:
             signature.bind(*arguments, **named)
         except TypeError:
             continue
         return model(*arguments, **named)
-    expected = "(y)" if batch.A is None else "(y, A)"
-    found = f"{type(model).__name__}.forward{signature}"
-    raise TypeError(f"call must be a function (model, batch) for a network that does not take {expected}, got {found}.")
+    raise TypeError(f"call must be a function (model, batch) for {type(model).__name__}.forward{signature}, got None.")
 
-# %% ../nbs/07_losses.ipynb #c079
+
 class Called:
-    """A network as a function of (y, A), by `call(network, batch)`."""
+    """A network as a function of (y, A), by `call(network, batch)`; other attributes are the network's."""
 
     def __init__(self, model: nn.Module, batch: Any, call: Call):
         self.model, self.batch, self.call = model, batch, call
@@ -211,11 +221,10 @@ class Called:
     def __call__(self, y: Any, A: Any) -> Tensor:
         return self.call(self.model, self.batch._replace(y=y, A=A))
 
-    def effective_operator(self, y: Any, A: Any) -> nn.Module:
-        """The operator that the network computes with."""
-        return model_operator(self.model, y, A)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
-# %% ../nbs/07_losses.ipynb #c082
+# %% ../nbs/07_losses.ipynb #c079
 class Strategy:
     """A loss of one batch: `strategy(model, batch, generator)`."""
 
@@ -245,7 +254,16 @@ class Supervised(Strategy):
             raise ValueError("batch.x must be the ground truth for strategy 'supervised', got None.")
         return supervised_loss(Called(model, batch, self.call), batch.y, batch.A, batch.x, self.loss)
 
-# %% ../nbs/07_losses.ipynb #c085
+
+class OwnLoss(Strategy):
+    """A function `loss(model, batch)` to a scalar, for any network and batches of any kind."""
+
+    name, needs_ground_truth, any_batch = "own", True, True
+
+    def __call__(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
+        return self.loss(model, batch)
+
+# %% ../nbs/07_losses.ipynb #c082
 class School(Strategy):
     """Eq. 8, with a frozen copy of the teacher and a cache of its reconstructions."""
 
@@ -276,7 +294,7 @@ class School(Strategy):
         self.teacher, self.answers = self.teacher.to(device), {}
         return self
 
-# %% ../nbs/07_losses.ipynb #c088
+# %% ../nbs/07_losses.ipynb #c085
 class SelfSupervised(Strategy):
     """Eq. 9, with the choices of `self_supervised_loss`; `flips` is among its settings only if given."""
 
@@ -291,16 +309,7 @@ class SelfSupervised(Strategy):
             raise TypeError(f"batch.A must be the operator for strategy 'self-supervised', got {batch.A!r:.60}.")
         return self_supervised_loss(Called(model, batch, self.call), batch.y, batch.A, generator, **self.choices)
 
-# %% ../nbs/07_losses.ipynb #c091
-class OwnLoss(Strategy):
-    """A function `loss(model, batch)` to a scalar, for any network and batches of any kind."""
-
-    name, needs_ground_truth, any_batch = "own", True, True
-
-    def __call__(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
-        return self.loss(model, batch)
-
-# %% ../nbs/07_losses.ipynb #c094
+# %% ../nbs/07_losses.ipynb #c088
 ALLOWED_SETTINGS: dict[str, tuple[str, ...]] = {"supervised": ("loss",), "school": ("loss", "remember")}
 ALLOWED_SETTINGS["self-supervised"] = ("rotations", "rotate_maps", "weight", "detach", "flips")
 STRATEGIES = tuple(ALLOWED_SETTINGS)
@@ -326,12 +335,13 @@ def make_strategy(
     loss = LOSSES[choose("loss", loss, LOSSES)] if isinstance(loss, str) else loss
     if not callable(loss):
         raise TypeError(f"loss must be a function of two images or one of {', '.join(LOSSES)}, got {loss!r}.")
-    if name == "school" and not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher must be the network before pruning for strategy 'school', got {teacher!r:.60}.")
-    strategy: Strategy = Supervised(loss)
     if name == "self-supervised":
-        strategy = SelfSupervised(**settings)
-    elif isinstance(teacher, nn.Module) and name == "school":
+        strategy: Strategy = SelfSupervised(**settings)
+    elif name == "supervised":
+        strategy = Supervised(loss)
+    elif isinstance(teacher, nn.Module):
         strategy = School(teacher, loss, **settings)
+    else:
+        raise TypeError(f"teacher must be the network before pruning for strategy 'school', got {teacher!r:.60}.")
     strategy.call = call or strategy.call
     return strategy

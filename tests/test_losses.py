@@ -513,3 +513,48 @@ def test_a_teacher_that_answers_with_another_shape_is_refused():
 def test_a_reference_of_another_precision_is_taken():
     x = make_batch().x
     assert check_reference(x, x.to(torch.complex128)).dtype == torch.complex128
+
+
+class Noisy(nn.Module):
+    """A physics that adds noise when it is called, as DeepInverse's do; `A` is the noise-free one."""
+
+    def __init__(self, A, mask=None):
+        super().__init__()
+        self.operator, self.mask = A, mask
+
+    def A(self, x):
+        return self.operator(x)
+
+    def forward(self, x):
+        return self.A(x) + torch.randn_like(self.A(x))
+
+
+def test_eq_9_measures_without_the_noise_of_a_physics():
+    y, A, x, _ = make_batch()
+    noisy = Noisy(A)
+    assert data_fidelity(x, A(x), noisy) == 0
+    model = Image(x)
+    values = [equivariance(model, x, each, lambda image: image.flip(-1)) for each in (A, noisy)]
+    assert values[0] == values[1]
+    assert torch.equal(
+        self_supervised_loss(Zero(), y, A, torch.Generator().manual_seed(0), rotations="right"),
+        (self_supervised_loss(Zero(), y, Adjoint(A), torch.Generator().manual_seed(0), rotations="right")),
+    )
+
+
+class Adjoint(Noisy):
+    def adjoint(self, y):
+        return self.operator.adjoint(y)
+
+    def __init__(self, A):
+        super().__init__(A, A.mask)
+
+
+def test_data_fidelity_takes_a_mask_without_an_axis_of_coils_and_no_measurement_of_another_shape():
+    y = torch.ones(1, 2, 3, 4, 4)  # real and imaginary part of three coils
+    mask = torch.zeros(1, 2, 4, 4)
+    mask[..., :2] = 1
+    zero = Noisy(lambda x: torch.zeros(1, 2, 3, 4, 4), mask)
+    assert data_fidelity(y, y * mask.unsqueeze(2), zero) == 1
+    with pytest.raises(ValueError, match=r"measurement y must have the shape of A\(x_hat\), \(1, 2, 3, 4, 4\), got"):
+        data_fidelity(y, y[:, :, :1], zero)

@@ -1120,7 +1120,7 @@ def test_what_does_not_make_a_loss(arguments, said):
 
 
 def test_a_network_that_takes_something_else_asks_for_call():
-    said = r"call must be a function \(model, batch\) for a network that does not take \(y\), got Conditioned.forward"
+    said = r"call must be a function \(model, batch\) for Conditioned.forward\(x, sigma\), got None"
     with pytest.raises(TypeError, match=said):
         tune(Conditioned(), pairs(), "supervised")
 

@@ -1,13 +1,14 @@
 """Fixed points: independent oracles, the gradient of eq. 4, memory, divergence, batches."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 from spade.models import DEQ, DivergenceError
-from spade.models.deq import anderson_mix, attach_gradient, fixed_point
+from spade.models.deq import anderson_mix, attach_gradient, contraction_rate, fixed_point, spectral_radius, target_term
 from spade.operators import MultiCoilMRI
 
 
@@ -303,10 +304,9 @@ def test_solve_records_what_figure_2_needs():
 
 def test_step_by_hand():
     y, A = problem()
-    model = tiny()
+    model = tiny(alpha=0.3, gamma=0.7)
     x = A.adjoint(y)
     with torch.no_grad():
-        model.alpha.fill_(0.3), model.gamma.fill_(0.7)
         z = x - 0.7 * A.adjoint(A(x) - y)
         denoised = model.denoiser(torch.cat([z.real, z.imag], dim=1))
         torch.testing.assert_close(model.step(x, y, A), 0.3 * torch.complex(denoised[:, :1], denoised[:, 1:]) + 0.7 * z)
@@ -353,3 +353,166 @@ def test_restart_is_the_start_of_the_class(gain):
 def test_a_memory_of_nothing_is_refused():
     with pytest.raises(ValueError, match="memory must be at least 1, got 100 and 0"):
         fixed_point(lambda x: 0.5 * x, torch.ones(1, 2), memory=0)
+
+
+# --- convergence --------------------------------------------------------------------------------------------
+
+
+def test_weight_and_step_size_stay_in_their_intervals():
+    y, A = problem()
+    model = tiny(alpha=0.25, gamma=1.5)
+    assert model.prior_weight.item() == pytest.approx(0.25) and model.step_size.item() == pytest.approx(1.5)
+    assert {name for name, p in model.named_parameters() if p.ndim == 0} == {"alpha", "gamma"}
+    assert sum(p.numel() for p in DEQ().parameters()) == 999_428
+    for value in (-1e3, -20.0, 20.0, 1e3):
+        with torch.no_grad():
+            model.alpha.fill_(value), model.gamma.fill_(value)
+        assert 0 <= model.prior_weight <= 1 and 0 <= model.step_size <= 2
+        assert model.step(A.adjoint(y), y, A).isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [dict(alpha=0.0), dict(alpha=1.0), dict(gamma=2.0), dict(gamma=-0.1)])
+def test_weight_and_step_size_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=r"alpha and gamma must lie in \(0, 1\) and in \(0, 2\), got"):
+        DEQ(features=2, num_blocks=1, **settings)
+
+
+@pytest.mark.parametrize("values", [(0.9, 0.5, 0.1), (-0.8, 0.3, 0.2)])
+def test_spectral_radius_against_eigenvalues(values):
+    rng = np.random.default_rng(0)
+    basis = rng.standard_normal((3, 3))
+    matrix = torch.from_numpy(basis @ np.diag(values) @ np.linalg.inv(basis))
+    found = spectral_radius(lambda x: x @ matrix.T + 1, torch.zeros(1, 3, dtype=torch.float64), products=200)
+    assert found == pytest.approx(max(map(abs, values)), rel=1e-6)
+
+
+def test_spectral_radius_of_a_complex_pair_and_of_nothing():
+    turn = 0.7 * torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+    stretched = torch.tensor([[1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    matrix = stretched @ turn @ stretched.inverse()  # its powers swing, its eigenvalues have modulus 0.7
+    found = spectral_radius(lambda x: x @ matrix.T, torch.zeros(1, 2, dtype=torch.float64))
+    assert found == pytest.approx(0.7, rel=1e-6)
+    assert spectral_radius(lambda x: 0 * x, torch.zeros(1, 2)) < 1e-6
+
+
+def test_radius_of_the_network_against_the_eigenvalues_of_its_jacobian():
+    y, A = problem()
+    model = tiny().eval()
+    x = model.solve(y, A, record=False)[0]
+    step = lambda image: torch.view_as_real(model.step(torch.view_as_complex(image), y, A))
+    jacobian = torch.autograd.functional.jacobian(step, torch.view_as_real(x)).reshape(128, 128)
+    largest = torch.linalg.eigvals(jacobian).abs().max().item()
+    assert model.radius(y, A, x) == pytest.approx(largest, rel=2e-2) and largest < 1
+
+
+def test_records_of_a_batch():
+    rates = torch.tensor([[0.1], [0.6], [0.999]], dtype=torch.float64)
+    trace = fixed_point(lambda x: rates * x + 1, torch.zeros(3, 4, dtype=torch.float64), 1, 40)[2]
+    rows = trace.rows()
+    for rate, row in zip((0.1, 0.6), rows):
+        alone = fixed_point(lambda x, rate=rate: rate * x + 1, torch.zeros(1, 4, dtype=torch.float64), 1, 40)[2]
+        assert row["iterations"] == alone.iterations and row["converged"] is True and row["relative_step"] < 1e-4
+    assert rows[2]["iterations"] == 40 and rows[2]["converged"] is False and rows[2]["relative_step"] > 1e-4
+
+
+def test_a_search_without_convergence_warns_once_and_only_in_evaluation():
+    y, A = problem(dtype=torch.complex64)
+    model = DEQ(features=4, num_blocks=1, max_iterations=2)
+    model.train()(y, A)
+    with pytest.warns(
+        UserWarning, match=r"relative step of the DEQ must fall below 0.0001, got .* after 2 applications"
+    ):
+        model.eval()(y, A)
+    model(y, A)  # a second warning would be an error
+    fine = DEQ(features=4, num_blocks=1).eval()
+    fine(y, A)
+    assert fine.last_trace.converged
+
+
+def test_phantom_gradients_are_the_first_terms_of_the_series():
+    y, A = problem()
+    gradients = {}
+    for name, settings in {"free": {}, "one": dict(unrolled=1), "many": dict(unrolled=300)}.items():
+        model = tiny(gradient="jacobian-free" if name == "free" else "phantom", **settings)
+        gradients[name] = torch.autograd.grad(loss_of(model(y, A)), list(model.parameters()))
+    model = tiny()
+    exact = torch.autograd.grad(loss_of(model(y, A)), list(model.parameters()))
+    for free, one, many, whole in zip(gradients["free"], gradients["one"], gradients["many"], exact):
+        assert torch.equal(free, one)
+        torch.testing.assert_close(many, whole, rtol=1e-6, atol=1e-9)
+
+
+# --- the terms for training ---------------------------------------------------------------------------------
+
+
+def test_rate_along_the_residual_is_that_of_the_slow_mode():
+    rates = torch.linspace(0.2, 0.95, 30, dtype=torch.float64)
+    step = lambda x: rates * x + 1
+    x, answer, _ = fixed_point(step, torch.zeros(2, 30, dtype=torch.float64), 1, 100, 0.0, must_progress=False)
+    found = contraction_rate(step, x, answer)
+    assert found.shape == (2,) and found == pytest.approx([0.95, 0.95], abs=1e-3)
+    rest = torch.ones(1, 3)
+    assert contraction_rate(lambda x: 0 * x + 1, rest, rest).item() == 0  # at rest, and without a residual
+
+
+@pytest.mark.parametrize("gradient", ["jacobian-free", "implicit", "phantom"])
+def test_stability_is_zero_for_a_contraction_and_pulls_a_slow_step_back(gradient):
+    y, A = problem()
+    model = tiny(gradient=gradient, contraction=0.999).train()
+    assert model.stability(model(y, A), y, A, None, torch.dist) == 0
+    model.contraction = 0.1
+    term = model.stability(model(y, A), y, A, None, torch.dist)
+    term.backward()
+    assert term > 0 and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    before = term.item()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.grad is None or p.sub_(1e-3 * p.grad / max(p.grad.norm().item(), 1e-12))
+    assert model.stability(model(y, A), y, A, None, torch.dist).item() < before
+
+
+def test_target_term_is_zero_only_for_a_step_that_rests_at_the_target():
+    target, found = torch.ones(3, 1, 4, 4), torch.zeros(3, 1, 4, 4)
+    seen = []
+    assert target_term(lambda x: seen.append(x) or torch.ones_like(x), found, target, torch.dist, None) == 0
+    share = seen[0][:, 0, 0, 0]
+    assert ((share >= -0.5) & (share <= 1)).all() and len(set(share.tolist())) == 3  # one number for each image
+    assert target_term(lambda x: x / 2 + 1, found, target, torch.dist, None) > 0
+
+
+def test_stability_needs_no_target_and_leaves_the_network_as_it_is_by_default():
+    y, A = problem()
+    model = tiny().train()
+    assert model.stability(model(y, A), y, A, A.adjoint(y), torch.dist) == 0
+    model = tiny(target_weight=2.0).train()
+    x_hat, generator = model(y, A), torch.Generator().manual_seed(0)
+    found = model.stability(x_hat, y, A, A.adjoint(y), torch.dist, generator)
+    expected = target_term(
+        lambda x: model.step(x, y, A), x_hat, A.adjoint(y), torch.dist, torch.Generator().manual_seed(0)
+    )
+    assert found.item() == pytest.approx(2 * expected.item())
+    assert model.stability(x_hat, y, A, None, torch.dist) == 0
+
+
+# --- the support of the coil maps ---------------------------------------------------------------------------
+
+
+def test_the_image_is_zero_outside_the_support_and_one_setting_turns_this_off():
+    y, A = problem()
+    inside = torch.ones(8, 8, dtype=torch.bool)
+    inside[:3], inside[:, 6:] = False, False
+    cut = A.with_maps(A.maps * inside)
+    model = tiny()
+    image = model(cut(A.adjoint(y)), cut)
+    assert torch.equal(cut.support[0, 0], inside)
+    assert not image[0, 0][~inside].any() and image[0, 0][inside].all()
+    model.project = False
+    assert model(cut(A.adjoint(y)), cut)[0, 0][~inside].any() and model.config()["project"] is False
+
+
+def test_the_projection_is_nothing_where_the_maps_cover_the_image():
+    y, A = problem()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = [tiny(project=project)(y, A) for project in (False, True)]
+    assert A.support.all() and torch.equal(*images)

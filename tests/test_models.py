@@ -244,6 +244,41 @@ def test_e2e_ignores_the_maps_it_is_given_and_shows_its_own():
     torch.testing.assert_close(VarNet.forward(model, y, A), model(y, A))
 
 
+@pytest.mark.parametrize("name", ["deq", "varnet", "e2e-varnet"])
+def test_images_are_zero_outside_the_support_of_the_given_maps(name):
+    y, A = problem(2)
+    inside = torch.zeros(15, 17, dtype=torch.bool)
+    inside[4:12, 3:15] = True
+    cut, model = A.with_maps(A.maps * inside), small(name)
+    assert torch.equal(cut.support, inside.expand(2, 1, 15, 17))
+    image = model(y, cut)
+    assert not image[~cut.support].any() and image[cut.support].all()
+    model.project = False
+    free = model(y, cut)
+    assert free[~cut.support].any() == (name != "varnet")  # VarNet combines the coils with these maps
+    if name != "deq":
+        torch.testing.assert_close(free * inside, image)
+    again = type(model)(**model.config())
+    assert again.project is False
+
+
+def test_estimated_maps_measure_the_projected_image_as_the_cascades_do():
+    y, A = problem(2)
+    inside = (torch.arange(17) > 4).expand(15, 17)
+    cut, model = A.with_maps(A.maps * inside), small("e2e-varnet")
+    image, measured = model(y, cut), model.effective_operator(y, cut)
+    torch.testing.assert_close(measured(image), model.cascade_operator(y, cut)(image))
+    torch.testing.assert_close(measured.maps.abs().square().sum(dim=1), inside.expand(2, 15, 17).float())
+    assert torch.equal(measured.support, cut.support)
+    model.project = False
+    assert torch.equal(model.effective_operator(y, cut).maps, model.cascade_operator(y, cut).maps)
+
+
+def test_operator_parameters_are_those_of_the_estimator():
+    model = small("e2e-varnet")
+    assert [id(p) for p in model.operator_parameters()] == [id(p) for p in model.sens_net.parameters()]
+
+
 def test_e2e_needs_the_centre():
     y, A = problem()
     mask = A.mask.clone()
@@ -296,7 +331,7 @@ def test_sizes_are_inferred(sizes, lightning):
         else weights
     )
     loaded = E2EVarNet.from_fastmri(checkpoint)
-    assert loaded.config() == sizes and all(
+    assert loaded.config() == sizes | {"project": False} and all(
         torch.equal(loaded.state_dict()[name], value) for name, value in weights.items()
     )
 

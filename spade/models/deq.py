@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['complex_to_channels', 'channels_to_complex', 'ResidualBlock', 'EDSR', 'relative_step', 'Trace', 'DivergenceError',
-           'anderson_mix', 'fixed_point', 'attach_gradient', 'start_as_damping', 'DEQ']
+           'anderson_mix', 'fixed_point', 'attach_gradient', 'spectral_radius', 'contraction_rate', 'target_term',
+           'start_as_damping', 'DEQ']
 
 # %% ../../nbs/models/04_deq.ipynb #c003
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from ..basics import as_real, check_values, choose, norms
+from ..basics import as_real, check_values, choose, norms, seeded
 from ..operators import LinearOperator, check_precision
+from torch import Tensor, nn
 
 # %% ../../nbs/models/04_deq.ipynb #c007
 def complex_to_channels(image: Tensor) -> Tensor:  # complex (B, C, H, W) to real (B, 2C, H, W)
@@ -84,11 +85,19 @@ class Trace:
     seconds: list[float] = field(default_factory=list)  # wall time of each iteration
     images: list[Tensor] = field(default_factory=list)  # the iterates on the CPU, on request
     converged: bool = False  # whether every image met the tolerance
+    tolerance: float = 0.0  # on the relative step
 
     @property
     def iterations(self) -> int:
         """Number of applications of the step."""
         return len(self.residuals)
+
+    def rows(self) -> list[dict[str, float]]:
+        """For each image: applications of the step, the last relative step, and whether it met the tolerance."""
+        steps = torch.stack(self.residuals)
+        used = (steps >= self.tolerance).sum(dim=0).add(1).clamp_max(len(steps))
+        names = ("iterations", "relative_step", "converged")
+        return [dict(zip(names, (int(n), float(s), bool(s < self.tolerance)))) for n, s in zip(used, steps[-1])]
 
 # %% ../../nbs/models/04_deq.ipynb #c024
 class DivergenceError(RuntimeError):
@@ -135,7 +144,7 @@ def fixed_point(
         raise ValueError(f"max_iterations and memory must be at least 1, got {max_iterations} and {memory}.")
     if not start.isfinite().all():
         raise ValueError("start must be finite, got an image that is not finite: check y and A for NaN and infinity.")
-    x, answer, active, trace = start, start, None, Trace()
+    x, answer, active, trace = start, start, None, Trace(tolerance=tolerance)
     xs: list[Tensor] = []
     gs: list[Tensor] = []
     for iteration in range(1, max_iterations + 1):
@@ -161,10 +170,15 @@ def fixed_point(
     return x, answer, trace
 
 # %% ../../nbs/models/04_deq.ipynb #c037
-def attach_gradient(step: Callable[[Tensor], Tensor], x: Tensor, gradient: str = "implicit", **search: Any) -> Tensor:
-    """T(x) at the fixed point x, with the gradient of eq. 4; "jacobian-free": with its first term."""
-    if gradient == "jacobian-free":
-        return step(x.detach())
+def attach_gradient(
+    step: Callable[[Tensor], Tensor], x: Tensor, gradient: str = "implicit", unrolled: int = 4, **search: Any
+) -> Tensor:
+    """T(x) at the fixed point x, with the gradient of eq. 4, or with the first terms of its series."""
+    if gradient != "implicit":
+        x = x.detach()
+        for _ in range(unrolled if gradient == "phantom" else 1):
+            x = step(x)
+        return x
     point = x.detach().requires_grad_()
     answer = step(point)
 
@@ -181,6 +195,34 @@ def attach_gradient(step: Callable[[Tensor], Tensor], x: Tensor, gradient: str =
     return result
 
 # %% ../../nbs/models/04_deq.ipynb #c043
+@torch.enable_grad()
+def spectral_radius(step: Callable[[Tensor], Tensor], x: Tensor, products: int = 40, seed: int = 0) -> float:
+    """Spectral radius of the Jacobian of `step` at the image `x`, (1, ...), by power iteration."""
+    v, growths = torch.randn(x.shape, dtype=x.dtype, generator=seeded("radius", seed)).to(x.device), []
+    answer = step(point := x.detach().requires_grad_())
+    for _ in range(products):
+        (v,) = torch.autograd.grad(answer, point, v / norms(v).clamp_min(1e-30), retain_graph=True)
+        growths.append(norms(v).clamp_min(1e-30).log())
+    return torch.stack(growths[products // 2 :]).mean().exp().item()
+
+# %% ../../nbs/models/04_deq.ipynb #c046
+def contraction_rate(step: Callable[[Tensor], Tensor], x: Tensor, step_x: Tensor, length: float = 0.02) -> Tensor:
+    """ρ̂ of each image, (B,): the factor by which T stretches the residual from `x` to `step_x`, T(x)."""
+    found = step_x.detach()
+    scaled = lambda v: v * (length * norms(found) / norms(v).clamp_min(1e-20)).reshape(-1, *[1] * (x.ndim - 1))
+    with torch.no_grad():
+        v = scaled(step(x + scaled(found - x)) - found)
+    return norms(step(x + v) - step_x) / norms(v).clamp_min(1e-20)
+
+# %% ../../nbs/models/04_deq.ipynb #c049
+def target_term(
+    step: Callable[[Tensor], Tensor], step_x: Tensor, target: Tensor, loss: Callable, generator: torch.Generator | None
+) -> Tensor:
+    """Distance `loss` from the target of T at a random point of the line from the target to `step_x`."""
+    s = 1.5 * torch.rand(len(target), *[1] * (target.ndim - 1), generator=generator).to(target.device)
+    return loss(step(target + s * (step_x.detach() - target)), target)
+
+# %% ../../nbs/models/04_deq.ipynb #c052
 @torch.no_grad()
 def start_as_damping(edsr: EDSR, gain: float = 0.8, rest: float = 0.1) -> None:
     """Initialise an EDSR for one complex image as `gain` times the identity, `rest` times random weights."""
@@ -192,7 +234,7 @@ def start_as_damping(edsr: EDSR, gain: float = 0.8, rest: float = 0.1) -> None:
     edsr.tail.weight[:, :, 1, 1] += back
     edsr.tail.bias -= back @ edsr.head.bias
 
-# %% ../../nbs/models/04_deq.ipynb #c046
+# %% ../../nbs/models/04_deq.ipynb #c055
 class DEQ(nn.Module):
     """Deep equilibrium model for MRI, one EDSR prior in all iterations; 999,428 parameters by default."""
 
@@ -205,25 +247,33 @@ class DEQ(nn.Module):
         max_iterations: int = 100,  # applications of T at most (paper, Section 4.1)
         tolerance: float = 1e-4,  # relative step at which the search ends (paper, Section 4.1)
         memory: int = 5,  # iterates that Anderson mixes
-        gradient: str = "implicit",  # "implicit" (eq. 4) | "jacobian-free"
+        gradient: str = "implicit",  # "implicit" (eq. 4) | "jacobian-free" | "phantom"
         backward_iterations: int = 100,  # vector–Jacobian products at most, for eq. 4
         backward_tolerance: float = 1e-4,  # relative tolerance for eq. 4
         train_iterations: int | None = None,  # limit of the search in training mode; None: `max_iterations`
-        alpha: float = 0.5,  # initial weight of the prior, learnable
-        gamma: float = 1.0,  # initial step size, learnable
+        alpha: float = 0.5,  # initial weight of the prior, in (0, 1), learnable
+        gamma: float = 1.0,  # initial step size, in (0, 2), learnable
         gain: float = 0.8,  # the prior starts as about `gain` times the identity
+        project: bool = True,  # onto the support of the coil maps
+        contraction: float | None = None,  # c of the first term for training; None: without it
+        target_weight: float = 0.0,  # of the second term for training
+        unrolled: int = 4,  # applications of T in the phantom gradient
     ):
         super().__init__()
         self.settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.solver = choose("solver", solver, ("anderson", "plain"))
-        self.gradient = choose("gradient", gradient, ("implicit", "jacobian-free"))
+        self.gradient = choose("gradient", gradient, ("implicit", "jacobian-free", "phantom"))
+        if not (0 < alpha < 1 and 0 < gamma < 2):
+            raise ValueError(f"alpha and gamma must lie in (0, 1) and in (0, 2), got {alpha} and {gamma}.")
         self.max_iterations, self.train_iterations, self.memory = max_iterations, train_iterations, memory
         self.tolerance, self.backward_iterations = tolerance, backward_iterations
-        self.backward_tolerance = backward_tolerance
+        self.backward_tolerance, self.unrolled, self.project = backward_tolerance, unrolled, project
+        self.contraction, self.target_weight = contraction, target_weight
         self.denoiser = EDSR(2, 2, features, num_blocks, residual_scale)
         start_as_damping(self.denoiser, gain)
-        self.alpha, self.gamma = nn.Parameter(torch.tensor(float(alpha))), nn.Parameter(torch.tensor(float(gamma)))
-        self.last_iterations, self.last_trace = 0, Trace()  # of the last search
+        self.alpha, self.gamma = (nn.Parameter(torch.tensor(math.log(p / (1 - p)))) for p in (alpha, gamma / 2))
+        self.last_iterations, self.last_trace, self.last_point = 0, Trace(), torch.empty(0)  # of the last search
+        self._warned = False
 
     def config(self) -> dict:
         """The constructor arguments for JSON, with the present settings of the search."""
@@ -240,10 +290,23 @@ class DEQ(nn.Module):
         """The operator whose maps the network uses: `A` itself."""
         return A
 
+    @property
+    def prior_weight(self) -> Tensor:
+        """α = σ(`alpha`), in (0, 1)."""
+        return self.alpha.sigmoid()
+
+    @property
+    def step_size(self) -> Tensor:
+        """γ = 2σ(`gamma`), in (0, 2)."""
+        return 2 * self.gamma.sigmoid()
+
     def step(self, x: Tensor, y: Tensor, A: LinearOperator) -> Tensor:
-        """T of the image `x`, complex (B, 1, H, W): eq. 3 with the weight α."""
-        z = x - self.gamma * A.adjoint(A(x) - y)
-        return self.alpha * channels_to_complex(self.denoiser(complex_to_channels(z))) + (1 - self.alpha) * z
+        """T of the image `x`, complex (B, 1, H, W): eq. 3 with the weight α, on the support of the maps."""
+        z = x - self.step_size * A.adjoint(A(x) - y)
+        denoised = channels_to_complex(self.denoiser(complex_to_channels(z)))
+        image = self.prior_weight * denoised + (1 - self.prior_weight) * z
+        support: Any = getattr(A, "support", 1) if self.project else 1
+        return image * support
 
     @torch.no_grad()
     def search(self, y: Tensor, A: LinearOperator, keep_images: bool = False) -> tuple[Tensor, Tensor, Trace]:
@@ -260,15 +323,37 @@ class DEQ(nn.Module):
 
     def forward(self, y: Tensor, A: LinearOperator) -> Tensor:
         """The fixed point for `y` (B, coils, H, W); raises `DivergenceError`, `ValueError` for a bad `y`."""
-        x, answer, _ = self.search(y, A)
+        x, answer, trace = self.search(y, A)
+        if not (trace.converged or self.training or self._warned):
+            self._warned, found = True, f"{trace.residuals[-1].max().item():.1e} after {trace.iterations} applications"
+            warnings.warn(
+                f"relative step of the DEQ must fall below {self.tolerance:g}, got {found} of T.", stacklevel=2
+            )
         if not torch.is_grad_enabled():
             return answer
+        self.last_point = x
         search = dict(memory=self.memory, max_iterations=self.backward_iterations, tolerance=self.backward_tolerance)
-        return attach_gradient(lambda x: self.step(x, y, A), x, self.gradient, **search)
+        return attach_gradient(lambda x: self.step(x, y, A), x, self.gradient, self.unrolled, **search)
 
     def solve(self, y: Tensor, A: LinearOperator, record: bool = True) -> tuple[Tensor, Trace]:
         """Image (B, 1, H, W) and record of the search, without gradients; with its iterates if `record`."""
         return self.search(y, A, keep_images=record)[1:]
+
+    def stability(
+        self, x_hat: Tensor, y: Tensor, A: LinearOperator, target: Tensor | None, loss: Callable, generator: Any = None
+    ) -> Tensor:
+        """Both terms for training at the answer `x_hat` of the last search; `target` is None without one."""
+        step, total = lambda x: self.step(x, y, A), x_hat.real.new_zeros(())
+        if self.contraction is not None:
+            answer = x_hat if self.gradient == "jacobian-free" else step(self.last_point)
+            total = (contraction_rate(step, self.last_point, answer) - self.contraction).clamp_min(0).square().mean()
+        if self.target_weight and target is not None:
+            total = total + self.target_weight * target_term(step, x_hat, target, loss, generator)
+        return total
+
+    def radius(self, y: Tensor, A: LinearOperator, x: Tensor) -> float:
+        """The spectral radius of T at the reconstruction `x`, (1, 1, H, W); below 1 where T contracts."""
+        return spectral_radius(lambda image: self.step(image, y, A), x)
 
     def priors(self) -> Iterator[tuple[nn.Module, Tensor, list[nn.Module]]]:
         """The EDSR with an example input; the two output channels keep their width."""

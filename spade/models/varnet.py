@@ -10,14 +10,13 @@ __all__ = ['Network', 'ConvBlock', 'TransposeConvBlock', 'match_size', 'Unet', '
 # %% ../../nbs/models/05_varnet.ipynb #c003
 import os
 from collections.abc import Iterator, Mapping
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from .deq import channels_to_complex, complex_to_channels
 from ..operators import MultiCoilMRI, check_precision, fft2c, ifft2c
+from torch import Tensor, nn
 
 # %% ../../nbs/models/05_varnet.ipynb #c006
 class ConvBlock(nn.Module):
@@ -142,19 +141,25 @@ class VarNetBlock(nn.Module):
 class VarNet(nn.Module):
     """Variational network with given coil maps, no shared weights; 19,634,712 parameters by default."""
 
-    def __init__(self, num_cascades: int = 8, channels: int = 18, num_pools: int = 4):
+    def __init__(self, num_cascades: int = 8, channels: int = 18, num_pools: int = 4, project: bool = True):
         super().__init__()
-        self.settings = dict(num_cascades=num_cascades, channels=channels, num_pools=num_pools)
+        self.settings: dict[str, Any] = dict(num_cascades=num_cascades, channels=channels, num_pools=num_pools)
+        self.project = project  # set the image to zero outside the support of the maps in `A`
         self.cascades = nn.ModuleList(VarNetBlock(channels, num_pools) for _ in range(num_cascades))
 
-    def config(self) -> dict[str, int]:
-        """The constructor arguments, for JSON."""
-        return dict(self.settings)
+    def config(self) -> dict[str, Any]:
+        """The constructor arguments, for JSON, with the present `project`."""
+        return self.settings | {"project": self.project}
 
-    def effective_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
-        """The operator whose maps the network uses: `A` itself; `TypeError` for another precision."""
+    def cascade_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
+        """The operator in the cascades: `A` itself; `TypeError` for another precision."""
         check_precision(self, y, A)
         return A
+
+    def effective_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
+        """The operator that measures the network's images: its maps, without what `project` sets to zero."""
+        own = self.cascade_operator(y, A)
+        return own if own is A or not self.project else own.with_maps(own.maps * A.support)
 
     def refine(self, y: Tensor, A: MultiCoilMRI) -> Tensor:
         """All cascades with the maps of `A`, from the samples of `y` that `A` measures to full k-space."""
@@ -166,12 +171,13 @@ class VarNet(nn.Module):
 
     def predict_kspace(self, y: Tensor, A: MultiCoilMRI) -> Tensor:
         """The refined multi-coil k-space, complex (B, coils, H, W)."""
-        return self.refine(y, self.effective_operator(y, A))
+        return self.refine(y, self.cascade_operator(y, A))
 
     def forward(self, y: Tensor, A: MultiCoilMRI) -> Tensor:
         """Image (B, 1, H, W) from `y` (B, coils, H, W); raises `ValueError` if `y` does not fit `A`."""
-        A = self.effective_operator(y, A)
-        return A.reduce(ifft2c(self.refine(y, A)))
+        own = self.cascade_operator(y, A)
+        image = own.reduce(ifft2c(self.refine(y, own)))
+        return image * A.support if self.project else image
 
     def priors(self) -> Iterator[tuple[nn.Module, Tensor, list[nn.Module]]]:
         """The U-Net of each cascade with an example input and the layer whose width must stay."""
@@ -222,25 +228,30 @@ class E2EVarNet(VarNet):
         num_pools: int = 4,  # poolings of each cascade's U-Net
         sens_channels: int = 8,  # width of the U-Net that estimates coil maps
         sens_num_pools: int = 4,  # its poolings
+        project: bool = True,  # set the image to zero outside the support of the maps in `A`
     ):
-        super().__init__(num_cascades, channels, num_pools)
+        super().__init__(num_cascades, channels, num_pools, project)
         self.settings |= dict(sens_channels=sens_channels, sens_num_pools=sens_num_pools)
         self.sens_net = SensitivityModel(sens_channels, sens_num_pools)
 
-    def effective_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
-        """The operator with the mask of `A` and the coil maps estimated from `y`."""
-        A = super().effective_operator(y, A)
+    def cascade_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
+        """The operator in the cascades, with the mask of `A` and the coil maps estimated from `y`."""
+        A = super().cascade_operator(y, A)
         A.check("k-space", y, A.maps.shape[1])
         return A.with_maps(self.sens_net(y, A.mask))
 
-# %% ../../nbs/models/05_varnet.ipynb #c051
+    def operator_parameters(self) -> Iterator[nn.Parameter]:
+        """The weights of the estimator, which determine the operator and not the image."""
+        return self.sens_net.parameters()
+
+# %% ../../nbs/models/05_varnet.ipynb #c053
 def check_weights(weights: object, caller: str) -> None:
     """Raise `TypeError` for anything but a dictionary, such as the path of a file."""
     if not isinstance(weights, Mapping):
         found = f"'{weights}'" if isinstance(weights, (str, os.PathLike)) else f"a {type(weights).__name__}"
         raise TypeError(f"{caller}: weights must be a dictionary of tensors, got {found}; pass torch.load(path).")
 
-# %% ../../nbs/models/05_varnet.ipynb #c052
+# %% ../../nbs/models/05_varnet.ipynb #c054
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -253,7 +264,7 @@ def load_checked(model: Network, weights: Mapping[str, Tensor], expected: str) -
         raise ValueError(f"{expected}, got {len(weights)} tensors that do not fit: {first}") from None
     return model
 
-# %% ../../nbs/models/05_varnet.ipynb #c053
+# %% ../../nbs/models/05_varnet.ipynb #c055
 def fastmri_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Arguments of `VarNet` for fastMRI's weights, of `E2EVarNet` if they have an estimator of maps."""
     sizes = {"num_cascades": len({name.split(".")[1] for name in weights if name.startswith("cascades.")})}
@@ -263,7 +274,7 @@ def fastmri_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
             sizes |= {f"{prefix}channels": weights[min(down)].shape[0], f"{prefix}num_pools": len(down)}
     return sizes
 
-# %% ../../nbs/models/05_varnet.ipynb #c054
+# %% ../../nbs/models/05_varnet.ipynb #c056
 def load_fastmri(cls: type[Network], checkpoint: Mapping) -> Network:
     """Build the network of a fastMRI checkpoint, plain or Lightning's; raises as `VarNet.from_fastmri`."""
     caller = f"{cls.__name__}.from_fastmri"
@@ -282,4 +293,4 @@ def load_fastmri(cls: type[Network], checkpoint: Mapping) -> Network:
         sizes = {name: value for name, value in sizes.items() if not name.startswith("sens_")}
     elif "sens_channels" not in sizes:
         raise ValueError(f"{expected}, got no 'sens_net.norm_unet...': use VarNet.from_fastmri.")
-    return load_checked(cls(**sizes), weights, f"{expected} of the sizes {sizes}")
+    return load_checked(cls(**sizes, project=False), weights, f"{expected} of the sizes {sizes}")

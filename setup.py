@@ -27,8 +27,9 @@ setup(
     extras_require={
         "slurm": requirements("slurm_requirements"),
         "deepinv": requirements("deepinv_requirements"),
+        "export": requirements("export_requirements"),
         "docs": requirements("docs_requirements"),
-        "dev": sum(map(requirements, ["dev_requirements", "deepinv_requirements", "docs_requirements"]), []),
+        "dev": [name for key in ("dev", "deepinv", "export", "docs") for name in requirements(f"{key}_requirements")],
     },
     python_requires=f">={cfg['min_python']}",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),

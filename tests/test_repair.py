@@ -12,7 +12,7 @@ from spade.examples import brain
 from spade.models import DEQ, E2EVarNet, USRNet, VarNet
 from spade.operators import BlurDownsample
 from spade.pruning import prune
-from spade.repair import repair
+from spade.repairing import repair
 
 
 def networks() -> dict:

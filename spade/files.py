@@ -29,8 +29,10 @@ def flush_to_disk(path: Path) -> None:
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Write a file by `write(part)`, completely or not at all, creating its folders; returns `path`."""
     path = Path(path)
+    if (length := len(os.fsencode(path.name))) > 255:
+        raise ValueError(f"path must end in a file name of at most 255 bytes, got {length}: {path.name:.40}...")
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = tempfile.TemporaryDirectory(".part", f".{path.name}.", path.parent, ignore_cleanup_errors=True)
+    hidden = tempfile.TemporaryDirectory(".part", f".{path.name:.20}.", path.parent, ignore_cleanup_errors=True)
     with hidden as folder:
         part, probe = Path(folder, path.name), Path(folder, ".permissions")
         write(part)
@@ -80,8 +82,9 @@ def project_root(start: str | Path = ".") -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """`path` itself if it is absolute, otherwise from the project's root."""
-    return Path(path) if Path(path).is_absolute() else project_root() / path
+    """`path` itself if it is absolute or begins with `~`, otherwise from the project's root."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else project_root() / path
 
 
 def notebook_path(name: str) -> Path:

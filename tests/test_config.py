@@ -241,14 +241,63 @@ def test_merge_keys_anchors_and_numbers_without_a_point(tmp_path):
     assert config.networks["varnet"].pretraining == training, "an alias"
 
 
-def test_a_file_that_is_no_mapping_or_no_yaml_is_refused(tmp_path):
-    for text, message in (
-        ("- 1\n", r"list.yaml must hold the settings of a configuration, got \[1\]"),
-        ("a: [1", "list.yaml: "),
-    ):
-        (tmp_path / "list.yaml").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            load_config(tmp_path / "list.yaml")
+SMOKE = (ROOT / "config" / "smoke.yaml").read_text(encoding="utf-8")
+LINES = len(SMOKE.splitlines())
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("- 1\n", r"must hold settings, 'key: value' from its first line on, got \[1\]"),
+        ("hello\n", "must hold settings, .* got 'hello'"),
+        ("", "must hold settings, .* got an empty file"),
+        ("# a comment\n", "must hold settings, .* got an empty file"),
+        ("a: [1", r"line 1: while parsing a flow sequence expected ',' or '\]'"),
+        (SMOKE.replace("\nthreads", "\n\tthreads"), r"line 4: .* found character '\\t' .*; indent with spaces"),
+        (SMOKE.encode("utf-16"), "must be UTF-8 text, got a byte of another encoding in line 1"),
+        (SMOKE.encode("utf-16-le"), "must be UTF-8 text, got a byte of another encoding in line 1"),
+        (f"{SMOKE}# für".encode("latin-1"), f"must be UTF-8 text, got a byte of another encoding in line {LINES + 1}"),
+        (f"{SMOKE}# \0", f"must be UTF-8 text, got a byte of another encoding in line {LINES + 1}"),
+        (f"{SMOKE}---\n{SMOKE}", f"line 2 to {LINES + 1}: expected a single document .* found another document"),
+        (SMOKE.replace("&short ", ""), "line 17: found undefined alias 'short'; write its anchor, such as &name"),
+        (SMOKE + "cores: !include other.yaml\n", f"line {LINES + 1}: could not .* the tag '!include'"),
+        ("!!python/object/apply:os.getcwd []\n", "line 1: could not determine a constructor for the tag"),
+        ("? [1, 2]\n: 3\n", "line 1: while constructing a mapping found unhashable key"),
+        ("[" * 3000 + "]" * 3000, "must be YAML, got brackets that are nested too deep"),
+        (SMOKE.replace("threads: 1", "threads:1"), "line 4 to 5: .* could not find expected ':'"),
+        (SMOKE.replace("threads: 1", "threads: 2024-01-01"), "threads must be a valid integer, got '2024-01-01'"),
+        (SMOKE.replace("threads: 1", "threads: 1:30"), "threads must be a valid integer, got '1:30'"),
+        (SMOKE.replace("threads: 1", "threads: yes"), "threads must be a number, got True"),
+        (f"{SMOKE}name: demo\n", "name must be the name of the file, 'odd', or missing, got 'demo'"),
+        (f"{SMOKE}name:\n", "name must be the name of the file, 'odd', or missing, got None"),
+    ],
+)
+def test_a_file_that_is_no_yaml_of_settings_is_refused_with_its_line(tmp_path, content, sentence):
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=rf"^odd\.yaml[ :.]+{sentence}") as raised:
+        load_config(path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 200
+
+
+def test_a_byte_order_mark_a_date_and_a_leading_zero_are_read(tmp_path):
+    text = SMOKE.replace("threads: 1", "threads: 010\nname: dated")
+    text = re.sub("description: .*", "description: 2024-01-01", text)
+    (tmp_path / "dated.yaml").write_text(text, encoding="utf-8-sig")
+    config = load_config(tmp_path / "dated.yaml")
+    assert (config.name, config.description, config.threads) == ("dated", "2024-01-01", 10)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    for name, found in (("none.yaml", "no file"), ("folder.yaml", "a folder")):
+        with pytest.raises(FileNotFoundError, match=f"{name} must be a YAML file of settings, got {found}"):
+            load_config(tmp_path / name)
+
+
+def test_no_override_sends_results_to_another_configuration():
+    with pytest.raises(ValueError, match="smoke.yaml.name must be the name of the file, 'smoke', or missing"):
+        load_config("smoke", {"name": "demo"})
 
 
 def test_a_network_may_have_its_own_equivariance():

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -60,11 +61,143 @@ def test_pair_of_fields_and_last_axis_are_complex(acquisition, tmp_path):
         pair["real"], pair["imag"] = kspace.real, kspace.imag
         return pair
 
+    def reversed_fields(kspace):
+        pair = np.zeros(kspace.shape, dtype=[("Imag", "f8"), ("Real", "f8")])
+        pair["Real"], pair["Imag"] = kspace.real, kspace.imag
+        return pair
+
     expected = MultiCoilSlices([acquisition], maps_folder=False)[1]
-    for name, edit in (("fields", fields), ("axis", lambda k: np.stack([k.real, k.imag], axis=-1))):
+    edits = {"fields": fields, "reversed": reversed_fields, "axis": lambda k: np.stack([k.real, k.imag], axis=-1)}
+    edits |= {"double": lambda k: edits["axis"](k.astype(np.complex128)), "endian": lambda k: k.astype(">c8")}
+    for name, edit in edits.items():
         path = rewrite(acquisition, tmp_path / f"{name}.h5", edit)
         found = MultiCoilSlices([path], maps_folder=False)[1]
-        assert same(found, expected) and found["scale"] == expected["scale"]
+        assert same(found, expected) and found["scale"] == expected["scale"], name
+
+
+def test_whole_numbers_are_kspace_in_their_unit(acquisition, tmp_path):
+    edit = lambda k: np.rint(1e6 * np.stack([k.real, k.imag], axis=-1)).astype(np.int32)
+    path = rewrite(acquisition, tmp_path / "whole.h5", edit)
+    expected, found = (MultiCoilSlices([one], maps_folder=False)[1] for one in (acquisition, path))
+    assert found["scale"] == pytest.approx(1e6 * expected["scale"], rel=1e-3)
+    assert torch.allclose(found["y"], expected["y"], atol=1e-5)
+
+
+def refuse(source: Path, folder: Path, edit, sentence: str) -> None:
+    """Raise unless the reader refuses the edited copy in one sentence that begins with the file."""
+    path = Path(shutil.copy(source, folder / "odd.h5"))
+    with h5py.File(path, "r+") as file:
+        file.attrs.pop("spade_digest", None)
+        edit(file)
+    with pytest.raises(ValueError, match=sentence) as raised:
+        MultiCoilSlices([path], maps_folder=False)[0]
+    assert "odd.h5" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def put(name: str, value) -> Callable[[h5py.File], None]:
+    """The edit that writes a dataset or a link in place of `name`."""
+
+    def edit(file: h5py.File) -> None:
+        if file.get(name, getlink=True) is not None:
+            del file[name]
+        file[name] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros((2, 4, 8, 8), dtype=[("a", "f4"), ("b", "f4")]),
+        np.zeros((2, 4, 8, 8), dtype=[("real", "S3"), ("imag", "S3")]),
+        np.zeros((2, 4, 8, 8), dtype=[("real", "f4"), ("imag", "f4"), ("time", "f4")]),
+        np.zeros((2, 2, 4, 8, 8), np.float32),
+        np.zeros((0, 4, 8, 8), np.complex64),
+        np.zeros((2, 0, 8, 8), np.complex64),
+        np.zeros((2, 4, 8, 0), np.complex64),
+        h5py.Empty("c8"),
+        1j,
+        np.array([b"text"]),
+    ],
+)
+def test_kspace_of_another_kind_is_refused(acquisition, tmp_path, value):
+    sentence = r"'kspace' in .* with shape .*; expected complex \(slices, coils, rows, columns\), not empty\."
+    refuse(acquisition, tmp_path, put("kspace", value), sentence)
+
+
+@pytest.mark.parametrize(
+    "value, found",
+    [
+        (np.full(128, np.nan), "hold numbers, got array"),
+        (np.zeros(128, dtype=[("a", "f4")]), "hold numbers, got array"),
+        ("hello", "hold numbers, got b'hello'"),
+        (h5py.Empty("f"), "hold numbers, got Empty"),
+        (1, r"have 128 columns, got shape \(\)"),
+        (np.ones((1, 1, 128)), r"have 128 columns, got shape \(1, 1, 128\)"),
+    ],
+)
+def test_masks_of_another_kind_are_refused(acquisition, tmp_path, value, found):
+    refuse(acquisition, tmp_path, put("mask", value), f"the mask in .*odd.h5 must {found}")
+
+
+@pytest.mark.parametrize(
+    "number, other", [("<x>64</x>", "<x>-5</x>"), ("<maximum>127<", "<maximum>-3<"), ("<center>64<", "<center>900<")]
+)
+def test_headers_that_contradict_the_file_are_refused(acquisition, tmp_path, number, other):
+    with h5py.File(acquisition) as file:
+        header = file["ismrmrd_header"][()].decode()
+    assert number in header
+    sentence = "odd.h5 holds 4 coils and 128 rows, but its header says"
+    refuse(acquisition, tmp_path, put("ismrmrd_header", header.replace(number, other)), sentence)
+
+
+@pytest.mark.parametrize("factor", (1e25, 1e-25))
+def test_kspace_near_the_limits_of_single_precision_is_refused(acquisition, tmp_path, factor):
+    """Its squares are infinite or 0, and so were its scale and its item, without an error."""
+    with h5py.File(acquisition) as file:
+        kspace = file["kspace"][()] * np.float64(factor)
+    sentence = r"k-space of slice 1 in .*odd.h5 must be scaled to about 1, got up to 1\.68e"
+    refuse(acquisition, tmp_path, put("kspace", kspace.astype(np.complex64)), sentence)
+    refuse(acquisition, tmp_path, put("kspace", kspace * 1e200 * factor), "must be scaled|NaN or infinite|zero everyw")
+
+
+def test_files_without_a_signal_are_refused(acquisition, tmp_path):
+    path = rewrite(acquisition, tmp_path / "zeros.h5", lambda kspace: 0 * kspace)
+    with pytest.warns(UserWarning, match="zeros.h5: slice 0, 1 is zero everywhere"):
+        with pytest.raises(ValueError, match="files must hold a slice with a signal, got zeros in all 1 files"):
+            MultiCoilSlices([path], maps_folder=False)
+
+
+@pytest.mark.parametrize(
+    "value, subject",
+    [
+        (5, "5"),
+        (np.array([1, 2]), "[1 2]"),
+        (np.bytes_(b"M\xfcller"), r"M\xfcller"),
+        (h5py.Empty("S1"), "odd"),
+        ("", "odd"),
+    ],
+)
+def test_subjects_of_any_type_are_read(acquisition, tmp_path, value, subject):
+    path = Path(shutil.copy(acquisition, tmp_path / "odd.h5"))
+    with h5py.File(path, "r+") as file:
+        file.attrs.pop("spade_digest")
+        file.attrs["patient_id"] = value
+    assert read_volume_header(path).subject == subject
+
+
+def test_names_as_long_as_the_system_allows(acquisition, tmp_path, monkeypatch):
+    for name in ("l" * 252 + ".h5", "ü" * 120 + ".h5"):
+        path = Path(shutil.copy(acquisition, tmp_path / name))
+        item = MultiCoilSlices([path])[0]
+        assert torch.equal(item["maps"], MultiCoilSlices([acquisition], maps_folder=False)[0]["maps"])
+    assert len(list((tmp_path / "maps").iterdir())) == 2
+    settings = dict(num_subjects=1, slices_per_subject=1, shape=(32, 32), num_coils=2, progress=False)
+    assert simulate(tmp_path, name="n" * 244, **settings)[0].is_file()
+    with pytest.raises(ValueError, match="path must end in a file name of at most 255 bytes, got 308: nnn"):
+        simulate(tmp_path, name="n" * 300, **settings)
+    with pytest.raises(FileNotFoundError, match="lll.h5 does not exist; expected a fastMRI multi-coil HDF5 file"):
+        read_volume_header(tmp_path / ("l" * 300 + ".h5"))
 
 
 def test_undersampled_file_without_mask_has_no_reference(acquisition, tmp_path):
@@ -106,23 +239,19 @@ def test_too_few_acs_lines_are_warned_of_and_refused(acquisition):
         check_coverage(torch.zeros_like(item["maps"]), item["y"], slice(57, 70), "slice")
 
 
-def test_groups_and_dangling_links_are_refused(acquisition, tmp_path):
-    for name, put in (
-        ("group", lambda file: file.create_group("kspace")),
-        ("dangling", lambda file: file.__setitem__("kspace", h5py.SoftLink("/nowhere"))),
-        ("elsewhere", lambda file: file.__setitem__("kspace", h5py.ExternalLink("absent.h5", "kspace"))),
-    ):
-        path = shutil.copy(acquisition, tmp_path / f"{name}.h5")
-        with h5py.File(path, "r+") as file:
-            del file["kspace"]
-            put(file)
-        with pytest.raises(ValueError, match=rf"{name}.h5 has no dataset 'kspace'"):
-            read_volume_header(path)
-    path = shutil.copy(acquisition, tmp_path / "mask.h5")
-    with h5py.File(path, "r+") as file:
-        file.create_group("mask")
-    with pytest.raises(ValueError, match="mask.h5 has no dataset 'mask'"):
-        MultiCoilSlices([path])[0]
+@pytest.mark.parametrize("name", ("kspace", "mask", "ismrmrd_header"))
+@pytest.mark.parametrize("value", (h5py.SoftLink("/nowhere"), h5py.ExternalLink("absent.h5", "kspace"), {}))
+def test_groups_and_dead_links_are_refused(acquisition, tmp_path, name, value):
+    def edit(file: h5py.File) -> None:
+        put(name, 0)(file)
+        del file[name]
+        if value == {}:
+            file.create_group(name)
+        else:
+            file[name] = value
+
+    sentence = rf"odd.h5 has no dataset '{name}' \(found: a group or a dead link\); expected a fastMRI multi-coil file"
+    refuse(acquisition, tmp_path, edit, sentence)
 
 
 def test_reconstruction_size_of_zero_is_refused(acquisition, tmp_path):

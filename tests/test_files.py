@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spade.basics import content_key
-from spade.files import atomic_write, read_json, write_json
+from spade.files import atomic_write, project_root, read_json, resolve, write_json
 
 WRITES_FOREVER = """
 import sys, time
@@ -122,3 +122,9 @@ def test_a_file_gets_the_permissions_of_any_new_file(tmp_path):
     ordinary.touch()
     made = atomic_write(tmp_path / "made", lambda part: (part.touch(0o600), part.chmod(0o600)))
     assert made.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_paths_of_a_configuration_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/data") == tmp_path / "data" and resolve("~") == tmp_path
+    assert resolve("data") == project_root() / "data" and resolve(tmp_path) == tmp_path

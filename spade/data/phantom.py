@@ -8,13 +8,14 @@ __all__ = ['ASSETS', 'TISSUE_STEP', 'LATTICE', 'LATTICE_STEP', 'BRAIN_EDGE', 'RE
            'draw_lesions', 'draw_subject', 'brain_tissues', 'step_up', 'outer_layers', 'lesion_fraction',
            'head_tissues', 'texture', 'vessels', 'magnitude_image', 'smooth_phase', 'coil_loops', 'biot_savart',
            'coil_maps', 'Scan', 'check_scan', 'centred_fft', 'centre_fit', 'object_level', 'acquire', 'ismrmrd_header',
-           'header_digest', 'is_intact', 'Acquisition', 'write_acquisition', 'simulate_slices', 'open_hdf5',
+           'open_hdf5', 'header_digest', 'is_intact', 'Acquisition', 'write_acquisition', 'simulate_slices',
            'find_dataset', 'image_labels', 'Images', 'open_images', 'read_own_images', 'resize',
            'simulate_image_slices', 'image_acquisitions', 'drawn_acquisitions', 'simulate']
 
 # %% ../../nbs/data/22_phantom.ipynb #c003
 import importlib.resources
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -313,7 +314,20 @@ def ismrmrd_header(shape: Sequence[int], num_coils: int, oversampling: int = 2) 
     template = (ASSETS / "ismrmrd_header.xml").read_text(encoding="utf-8")
     return template.format(coils=num_coils, last=shape[1] - 1, centre=shape[1] // 2, **sizes, **lengths)
 
-# %% ../../nbs/data/22_phantom.ipynb #c075
+# %% ../../nbs/data/22_phantom.ipynb #c074
+def open_hdf5(path: str | Path, expected: str = "a fastMRI multi-coil HDF5 file") -> h5py.File:
+    """Open an HDF5 file; raises `FileNotFoundError`, or `ValueError` for one that is not readable."""
+    if not os.path.exists(path):  # also where its name is too long
+        raise FileNotFoundError(f"{path} does not exist; expected {expected}.")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        locked = "is locked by another program: close it, or set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
+        fault = locked if "unable to lock" in reason else f"is not a readable HDF5 file, or was cut short ({reason})"
+        raise ValueError(f"{path} {fault}.") from None
+
+# %% ../../nbs/data/22_phantom.ipynb #c076
 def header_digest(file: h5py.File) -> str:
     """A digest of what a reader takes from the header and the attributes of a file."""
     about = (str(file.attrs.get(name)) for name in ("patient_id", "acquisition", "spade_key"))
@@ -322,14 +336,13 @@ def header_digest(file: h5py.File) -> str:
 
 def is_intact(path: Path, key: str) -> bool:
     """Whether a file has this key and is undamaged; `FileExistsError` for a file of another program."""
-    try:
-        file = h5py.File(path, "r")
-        own = file.attrs.get("spade_simulated", False)
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return False
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise FileExistsError(f"{path} cannot be read ({reason}): it is not replaced, remove it.") from None
+    try:
+        file = open_hdf5(path, "")
+        own = file.attrs.get("spade_simulated", False)
+    except (OSError, ValueError) as error:
+        raise FileExistsError(f"{str(error).removesuffix('.')}; it is not replaced.") from None
     with file:
         if not own:
             raise FileExistsError(f"{path} is not the simulator's: it is not replaced, choose another folder or name.")
@@ -340,7 +353,7 @@ def is_intact(path: Path, key: str) -> bool:
         except (OSError, KeyError, TypeError, ValueError):  # a checksum that fails
             return False
 
-# %% ../../nbs/data/22_phantom.ipynb #c076
+# %% ../../nbs/data/22_phantom.ipynb #c077
 class Acquisition(NamedTuple):
     """One file to be written."""
 
@@ -367,7 +380,7 @@ def write_acquisition(path: Path, job: Acquisition) -> Path:
 
     return path if is_intact(path, job.key) else atomic_write(path, write)
 
-# %% ../../nbs/data/22_phantom.ipynb #c079
+# %% ../../nbs/data/22_phantom.ipynb #c080
 VERSION = 3  # of the simulation: raise it when the same settings give other numbers
 
 
@@ -382,19 +395,6 @@ def simulate_slices(tissue: Tensor, seed: int, number: int, slices: int, scan: S
         image = magnitude_image(head_tissues(tissue, subject, z, fine, step), subject.signal, step, generator)
         image = torch.polar(image, smooth_phase(fine, generator))
         yield acquire(image, coil_maps(scan.num_coils, fine, z, turn=turn), scan, generator)
-
-# %% ../../nbs/data/22_phantom.ipynb #c083
-def open_hdf5(path: str | Path, expected: str = "a fastMRI multi-coil HDF5 file") -> h5py.File:
-    """Open an HDF5 file; raises `FileNotFoundError`, or `ValueError` for one that is not readable."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist; expected {expected}.")
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        locked = "is locked by another program: close it, or set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
-        fault = locked if "unable to lock" in reason else f"is not a readable HDF5 file, or was cut short ({reason})"
-        raise ValueError(f"{path} {fault}.") from None
 
 # %% ../../nbs/data/22_phantom.ipynb #c084
 def find_dataset(file: h5py.File, name: str | None) -> h5py.Dataset:

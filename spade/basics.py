@@ -12,6 +12,9 @@ import difflib
 import hashlib
 import json
 import math
+import os
+import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -142,6 +145,9 @@ def loader(dataset: Any, batch_size: int = 1, shuffle: bool = False, seed: int =
     if not (hasattr(dataset, "bucket") and hasattr(dataset, "collate")):
         raise TypeError(f"dataset must have bucket() and collate(), got a {type(dataset).__name__}.")
     sampler = BucketSampler([dataset.bucket(i) for i in range(len(dataset))], batch_size, shuffle, seed)
+    if num_workers and os.path.isdir("/dev/shm") and (free := shutil.disk_usage("/dev/shm").free) < 2**28:
+        warnings.warn(f"num_workers is now 0: workers need 256 MB in /dev/shm, got {free >> 20}.", stacklevel=2)
+        num_workers = 0
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, num_workers=num_workers)
 
 # %% ../nbs/01_basics.ipynb #c036

@@ -4,7 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -12,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from spade.basics import seed_of
-from spade.data.fastmri import MultiCoilSlices, cached_maps, check_coverage, load_maps, read_volume_header
+from spade.basics import loader, seed_of
+from spade.data.fastmri import MultiCoilSlices, check_coverage, find_files, load_maps, read_volume_header
 from spade.data.phantom import simulate
 
 FLIPS = int(os.environ.get("SPADE_FLIPS", 40))  # bit positions a file
@@ -266,13 +269,16 @@ def test_reconstruction_size_of_zero_is_refused(acquisition, tmp_path):
 
 
 def test_file_in_use_names_the_lock(acquisition, tmp_path):
-    path = shutil.copy(acquisition, tmp_path / "used.h5")
+    path = shutil.copy(acquisition, tmp_path / acquisition.name)
     hold = f"import h5py; file = h5py.File({str(path)!r}, 'r+'); print('open', flush=True); input()"
     environment = {k: v for k, v in os.environ.items() if k != "HDF5_USE_FILE_LOCKING"}
+    sentence = f"{acquisition.name} is locked by another program: .* HDF5_USE_FILE_LOCKING=FALSE"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=-1, stdout=-1, text=True, env=environment) as other:
         assert other.stdout.readline() == "open\n"
-        with pytest.raises(ValueError, match="used.h5 is locked by another program: .* HDF5_USE_FILE_LOCKING"):
+        with pytest.raises(ValueError, match=sentence):
             read_volume_header(path)
+        with pytest.raises(FileExistsError, match=f"{sentence}; it is not replaced"):
+            simulate(tmp_path, 1, 2, shape=(64, 128), num_coils=4, progress=False)
         other.communicate("\n")
 
 
@@ -322,16 +328,71 @@ def test_a_flipped_bit_of_the_cache_is_noticed(acquisition, tmp_path):
     assert file.read_bytes() == good
 
 
-def test_maps_are_kept_elsewhere_where_the_folder_cannot_be_written(acquisition, tmp_path, monkeypatch):
-    monkeypatch.setenv("SPADE_CACHE", str(tmp_path / "cache"))
-    blocked = tmp_path / "file"
-    blocked.write_text("a file where a folder is wanted, which also root cannot write into")
-    item = MultiCoilSlices([acquisition], maps_folder=False).measurements()[0]
-    kspace, acs = item["y"], slice(57, 70)
-    with pytest.warns(UserWarning, match=r"cannot be written .* coil maps are kept in .*cache"):
-        maps = cached_maps(kspace, acs, blocked / "maps", "slice", {})
-    assert len(list((tmp_path / "cache" / "maps").iterdir())) == 1
-    assert torch.equal(cached_maps(kspace, acs, blocked / "maps", "slice", {}), maps)
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A folder and what it holds that this process cannot write, also where it is root's."""
+    folder.chmod(0o555)
+    if root := os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def data_folder(acquisition) -> Iterator[Path]:
+    """A folder outside of pytest's, which only its owner can read, with an acquisition."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        (Path(name) / "data").mkdir()
+        yield Path(shutil.copy(acquisition, Path(name) / "data")).parent
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="no users on this system")
+def test_a_data_folder_that_cannot_be_written_is_read(data_folder, monkeypatch):
+    maps = MultiCoilSlices(find_files(data_folder), maps_folder=False)[0]["maps"]
+    cache = data_folder.parent / "cache"
+    monkeypatch.setenv("SPADE_CACHE", str(cache))
+    with read_only(data_folder):
+        with pytest.warns(UserWarning, match=r"data/maps cannot be written \(.*\); coil maps are kept in .*cache/maps"):
+            assert torch.equal(MultiCoilSlices(find_files(data_folder))[0]["maps"], maps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(MultiCoilSlices(find_files(data_folder))[0]["maps"], maps)
+        files = [data_folder / "demo_0000.h5"]
+        assert simulate(data_folder, 1, 2, shape=(64, 128), num_coils=4, progress=False) == files
+        with pytest.raises(PermissionError, match="demo_0001"):
+            simulate(data_folder, 2, 2, shape=(64, 128), num_coils=4, progress=False)
+        monkeypatch.setenv("SPADE_CACHE", str(data_folder / "cache"))
+        with pytest.warns(UserWarning, match="cannot be written .*; coil maps are not kept: set SPADE_CACHE"):
+            assert torch.equal(MultiCoilSlices(find_files(data_folder))[0]["maps"], maps)
+    assert [path.name for path in cache.rglob("*.maps")] == [path.name for path in cache.glob("maps/demo_0000_000_*")]
+    assert [path.name for path in data_folder.iterdir()] == ["demo_0000.h5"]
+
+
+def test_without_a_home_the_maps_are_kept_in_the_folder_for_temporary_files(data_folder, monkeypatch):
+    for name in ("SPADE_CACHE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(tempfile, "tempdir", str(data_folder))
+    with pytest.warns(UserWarning, match=rf"coil maps are kept in {data_folder}/.cache/spade/maps"):
+        MultiCoilSlices(find_files(data_folder), maps_folder=data_folder / "demo_0000.h5")[0]
+    assert len(list(data_folder.glob(".cache/spade/maps/demo_0000_000_*.maps"))) == 1
+
+
+def test_a_small_dev_shm_means_no_workers(acquisition, monkeypatch):
+    """Batches of worker processes pass through it: where it is full, the workers fail or hang."""
+    data = MultiCoilSlices([acquisition], maps_folder=False)
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**26, 0, 2**26))
+    with pytest.warns(UserWarning, match="num_workers is now 0: workers need 256 MB in /dev/shm, got 64"):
+        batches = loader(data, num_workers=2)
+    assert batches.num_workers == 0 and torch.equal(next(iter(batches)).y[0], data[0]["y"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**29, 0, 2**29))
+    assert loader(data, num_workers=2).num_workers == 2
 
 
 def test_a_flipped_bit_of_an_acquisition_changes_no_number_silently(acquisition, tmp_path):

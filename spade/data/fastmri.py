@@ -13,6 +13,7 @@ __all__ = ['Volume', 'header_numbers', 'measured_columns', 'dataset_of', 'kspace
 import hashlib
 import inspect
 import os
+import tempfile
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
@@ -260,18 +261,24 @@ def cached_maps(kspace: Tensor, acs: slice, folder: Path | None, name: str, sett
     code = Path(inspect.getfile(inspect.unwrap(espirit))).read_bytes()
     where = [acs.start, acs.stop, kspace.shape[-1]]
     file = f"{name}_{content_key(kspace[..., acs].contiguous(), where, settings, code)}.maps"
-    other = Path(os.environ.get("SPADE_CACHE") or Path.home() / ".cache" / "spade") / "maps"
+    home = home if (home := os.path.expanduser("~")) != "~" else tempfile.gettempdir()
+    other = Path(os.environ.get("SPADE_CACHE") or f"{home}/.cache/spade") / "maps"
     for path in (folder / file, other / file):
         if (maps := load_maps(path, kspace.shape)) is not None:
             return maps
     maps = espirit(kspace[None], acs, **settings)[0]
     content = maps.numpy().tobytes()  # written behind its digest
     write = lambda part: part.write_bytes(hashlib.sha256(content).digest() + content)
-    try:
-        atomic_write(folder / file, write)
-    except OSError as error:
-        warnings.warn(f"{folder} cannot be written ({error.strerror}); coil maps are kept in {other}.", stacklevel=2)
-        atomic_write(other / file, write)
+    faults: list[str] = []
+    for place in (folder, other):
+        try:
+            atomic_write(place / file, write)
+            break
+        except OSError as error:
+            faults.append(f"{place} cannot be written ({error.strerror})")
+    if faults:
+        kept = f"kept in {other}" if len(faults) == 1 else "not kept: set SPADE_CACHE to a folder"
+        warnings.warn(f"{' and '.join(faults)}; coil maps are {kept}.", stacklevel=2)
     return maps
 
 # %% ../../nbs/data/23_fastmri.ipynb #c046

@@ -85,7 +85,9 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def read_table(out: Path, kind: str, names: set[str] | None = None) -> pd.DataFrame:
-    """The tidy table `kind` of a folder; with `names`, from the folders of these runs. ValueError for a damaged file."""
+    """The tidy table `kind` of a folder; with `names`, from the folders of these runs.
+
+    Raises ValueError for a damaged file."""
     pattern, columns = TIDY[kind]
     paths = sorted(out.glob(f"{kind}.csv*" if names is None else pattern))
     paths = [path for path in paths if names is None or path.parent.parent != out / "runs" or path.parent.name in names]
@@ -169,7 +171,7 @@ def write_tidy(path: Path, table: pd.DataFrame, form: str | None = "%.6g") -> Pa
 
 
 def collect(out: str | Path, runs: Iterable[str] | None = None) -> list[Path]:
-    """Write the tidy files from `out`/runs, all or those named, and `out`/latency, and their checksums; return the paths.
+    """Write the tidy files from `out`/runs, all or those named, and `out`/latency; return all paths.
 
     Raises FileNotFoundError if no run is complete, so that a clone keeps its committed files.
     """

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sizes', 'FORMAT', 'LARGEST', 'MARK', 'WIDTHS', 'layer_sizes', 'check_argument', 'Description', 'description_of',
-           'digest_of', 'checkpoint_path', 'check_finite', 'save', 'read_description', 'read_checkpoint', 'at_most',
+           'digest_of', 'checkpoint_path', 'check_tensors', 'save', 'read_description', 'read_checkpoint',
            'build_unpruned', 'library_class', 'shrinks', 'expected_shapes', 'difference', 'check_architecture',
            'set_weights', 'load']
 
@@ -13,8 +13,7 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +24,9 @@ from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .basics import own_randomness
+from .basics import check_finite, own_randomness
 from .files import atomic_write, plain
 from .models import NETWORKS
 from .training import FrozenSettings, Whole, read_settings
@@ -84,7 +84,7 @@ def description_of(model: nn.Module, /, **provenance: Any) -> Description:
 MARK = b'"spade":"{\\"sha256\\":\\"'  # in the header of the file, before the 64 digits
 
 
-def digest_of(content: bytes) -> tuple[int, str]:
+def digest_of(content: bytes | bytearray) -> tuple[int, str]:
     """Where the digest of a checkpoint stands, and what it must be; raises `ValueError` without a place for it."""
     start = content.index(MARK, 8, 8 + int.from_bytes(content[:8], "little")) + len(MARK)
     view = memoryview(content)
@@ -98,13 +98,11 @@ def checkpoint_path(path: str | Path) -> Path:
     return Path(str(path).removesuffix(".safetensors") + ".safetensors")
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c021
-def check_finite(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise `ValueError` for NaN in a tensor, or infinity in a parameter; a buffer may hold infinity, as a mask does."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in tensors.items():
-        wrong = ~value.isfinite() if name in parameters else value.isnan()
-        if wrong.any():
-            raise ValueError(f"{where} must be finite, got {int(wrong.sum())} values of NaN or infinity in {name!r}.")
+        check_finite(f"{name!r} {where}", value if name in parameters else value[~value.isinf()])
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c022
 def save(model: nn.Module, path: str | Path, /, **provenance: Any) -> Path:
@@ -115,7 +113,7 @@ def save(model: nn.Module, path: str | Path, /, **provenance: Any) -> Path:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got a {type(model).__name__}, which does not name its network.")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    check_finite(model, tensors, f"the weights of {type(model).__name__}")
+    check_tensors(model, tensors, f"of {type(model).__name__}")
     header = {"spade": json.dumps(description_of(model, **provenance).model_dump(), separators=(",", ":"))}
 
     def write(part: Path) -> None:
@@ -164,43 +162,39 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Description]:
     return tensors, description
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c029
-@contextmanager
-def at_most(number: int) -> Iterator[None]:
-    """Raise `ValueError` inside this context when more than `number` parameters are registered."""
-    left = iter(range(number))
-
-    def count(module: nn.Module, name: str, parameter: Any) -> None:
-        if parameter is not None and next(left, None) is None:
-            raise ValueError(f"more than {number} parameters")
-
-    handle = nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-# %% ../nbs/repro/30_checkpoint.ipynb #c030
 def build_unpruned(description: Description, number: int, path: Path) -> nn.Module:
     """The unpruned network of a description and `number` tensors, without memory; raises ValueError."""
     classes, name, config = {c.__name__: c for c in NETWORKS.values()}, description.model, description.config
     if name not in classes or config is None:
         advice = f"pass build=, a function that makes an unpruned {name}"
         raise ValueError(f"{path} holds a {name} from outside spade.models ({', '.join(classes)}): {advice}.")
+    left = iter(range(2 * number))  # parameters; a constructor may replace some
+
+    def count(module: nn.Module, key: str, parameter: Any) -> None:
+        if parameter is not None and next(left, None) is None:
+            raise ValueError(f"more than {2 * number} parameters")
+
+    hook = register_module_parameter_registration_hook(count)
     try:
         for key, value in config.items():
             if "num_" in key and isinstance(value, int) and value > number:  # before lists of this length are made
                 raise ValueError(f"{key}={value}")
-        with own_randomness(), torch.device("meta"), at_most(2 * number):  # 2: a constructor may replace parameters
-            return classes[name](**config)
+        with own_randomness(), torch.device("meta"):
+            network: Any = classes[name](**config)
+        if missing := set(network.config()) - set(config):  # another version's default could be meant
+            raise ValueError(f"none for {', '.join(sorted(missing))}")
+        return network
     except Exception as error:
-        found = f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
+        found = f"{str(error).splitlines()[0]:.200}" if str(error) else type(error).__name__
         raise ValueError(f"{path}: config must build a {name} of its {number} tensors, got {found}.") from None
+    finally:
+        hook.remove()
 
-# %% ../nbs/repro/30_checkpoint.ipynb #c033
-WIDTHS: set[str] = set(
-    """in_channels out_channels in_features out_features num_features num_channels num_parameters groups num_groups
-    normalized_shape embed_dim kdim vdim head_dim num_heads num_embeddings embedding_dim input_size hidden_size""".split()
-)
+# %% ../nbs/repro/30_checkpoint.ipynb #c032
+WIDTHS: list[str] = (
+    "in_channels out_channels in_features out_features num_features num_channels num_parameters groups num_groups "
+    "normalized_shape num_embeddings embedding_dim input_size hidden_size"
+).split()
 
 
 def library_class(layer: nn.Module) -> type[nn.Module] | None:
@@ -214,21 +208,22 @@ def shrinks(new: Any, old: Any) -> bool:
     new, old = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (new, old))
     return len(new) == len(old) and new != old and all(a == b or 1 <= a <= b <= 1000 * a for a, b in zip(new, old))
 
-# %% ../nbs/repro/30_checkpoint.ipynb #c035
+# %% ../nbs/repro/30_checkpoint.ipynb #c034
 def expected_shapes(layer: nn.Module, sizes: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Shapes of the tensors of one of PyTorch's layers with these sizes; empty for other layers."""
     if (kind := library_class(layer)) is None:
         return {}
     names = [name for name in inspect.signature(kind).parameters if hasattr(layer, name)]
-    values = {name: sizes.get(name, getattr(layer, name)) for name in names}
-    arguments: Any = {n: v is not None if n == "bias" else v for n, v in values.items()}
+    arguments: Any = {name: sizes.get(name, getattr(layer, name)) for name in names}
+    if "bias" in arguments:
+        arguments["bias"] = arguments["bias"] is not None
     try:
         with torch.device("meta"):
             return {name: value.shape for name, value in kind(**arguments).state_dict().items()}
     except TypeError:  # a layer whose arguments are not its attributes
         return {}
 
-# %% ../nbs/repro/30_checkpoint.ipynb #c037
+# %% ../nbs/repro/30_checkpoint.ipynb #c036
 def difference(name: str, layer: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """What distinguishes a layer of the unpruned network from that of the file; empty if only pruning does."""
     own, kind = layer_sizes(layer).get("", {}), library_class(layer)
@@ -247,7 +242,7 @@ def difference(name: str, layer: nn.Module, found: Mapping[str, Any], tensors: M
             return f"{key} {list(value.shape)} of {name!r}, whose sizes give {list(shape)}"
     return ""
 
-# %% ../nbs/repro/30_checkpoint.ipynb #c038
+# %% ../nbs/repro/30_checkpoint.ipynb #c037
 def check_architecture(model: nn.Module, description: Description, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise ValueError unless sizes and tensors of the file are those of `model` after pruning."""
     kind, state, sizes = type(model).__name__, model.state_dict(keep_vars=True), description.sizes
@@ -268,9 +263,9 @@ def check_architecture(model: nn.Module, description: Description, tensors: Mapp
             raise ValueError(f"{fits}, got {name!r} {found} for {wanted}.")
         if name != other and not torch.equal(new, tensors[other]):
             raise ValueError(f"{path} must hold equal values for {name!r} and {other!r}, one parameter of this {kind}.")
-    check_finite(model, tensors, f"the weights in {path}")
+    check_tensors(model, tensors, f"in {path}")
 
-# %% ../nbs/repro/30_checkpoint.ipynb #c041
+# %% ../nbs/repro/30_checkpoint.ipynb #c040
 def set_weights(model: nn.Module, sizes: Sizes, tensors: Mapping[str, Tensor]) -> None:
     """Set the sizes of each layer of `model` that became smaller, and the values of each parameter and buffer."""
     layers = dict(model.named_modules(remove_duplicate=False))
@@ -284,7 +279,7 @@ def set_weights(model: nn.Module, sizes: Sizes, tensors: Mapping[str, Tensor]) -
         owner, _, leaf = name.rpartition(".")
         setattr(layers[owner], leaf, trained[id(old[name])] if name in old else value)
 
-# %% ../nbs/repro/30_checkpoint.ipynb #c043
+# %% ../nbs/repro/30_checkpoint.ipynb #c042
 def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Rebuild the network of a checkpoint, pruned widths included, on the CPU and in eval mode.
 

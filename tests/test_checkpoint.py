@@ -394,6 +394,7 @@ LIES = {
     "missing sizes": (lambda d: d.pop("sizes") and None, "sizes is missing"),
     "missing model": (lambda d: d.pop("model") and None, "model is missing"),
     "another key": (put("code", value="import os"), "unknown key 'code'"),
+    "missing argument": (lambda d: d["config"].pop("num_pools") and None, "none for num_pools|difference in"),
     "unknown class": (put("model", value="ResNet"), "holds a ResNet from outside spade.models"),
     "a class that is code": (put("model", value="os.system('ls')"), "model"),
     "another class": (put("model", value="DEQ"), "config must build a DEQ"),
@@ -427,8 +428,14 @@ def test_a_description_that_lies_is_refused(saved, name):
 
 FIRST = "cascades.0.model.unet.conv.layers.0.weight"
 TENSORS = {
-    "NaN": (lambda t: t | {FIRST: t[FIRST] * float("nan")}, "must be finite, got .* values of NaN or infinity in"),
-    "one infinity": (lambda t: t | {"cascades.1.dc_weight": torch.tensor([float("inf")])}, "1 values of NaN or inf"),
+    "NaN": (
+        lambda t: t | {FIRST: t[FIRST] * float("nan")},
+        "weight' in .* must be finite, got NaN or infinity in 648 of 648",
+    ),
+    "one infinity": (
+        lambda t: t | {"cascades.1.dc_weight": torch.tensor([float("inf")])},
+        "dc_weight' in .* must be finite, got NaN or infinity in 1 of 1 ",
+    ),
     "integers": (lambda t: t | {FIRST: t[FIRST].int()}, "got 'casc.*int32 .* for float32"),
     "complex": (lambda t: t | {FIRST: t[FIRST].to(torch.complex64)}, "complex64 .* for float32"),
     "narrower": (lambda t: t | {FIRST: t[FIRST][:-1].clone()}, "weight .* whose sizes give"),
@@ -465,7 +472,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = make("DEQ")
     with torch.no_grad():
         model.denoiser.head.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="weights of DEQ must be finite, got 1 values .* 'denoiser.head.weight'"):
+    with pytest.raises(ValueError, match="'denoiser.head.weight' of DEQ must be finite, got NaN or infinity in 1 of "):
         save(model, tmp_path / "m")
     model = Foreign()
     model.register_buffer("mask", torch.tensor([0.0, -float("inf")]))  # of attention, for example

@@ -1,6 +1,7 @@
 """Acquisitions that are damaged, unusual or not what they seem: each is read right, warned of, or refused."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 from spade.basics import loader, seed_of
-from spade.data.fastmri import MultiCoilSlices, check_coverage, find_files, load_maps, read_volume_header
+from spade.data.espirit import espirit
+from spade.data.fastmri import MultiCoilSlices, check_coverage, find_files, kspace_doubt, load_maps, read_volume_header
 from spade.data.phantom import simulate
 
 FLIPS = int(os.environ.get("SPADE_FLIPS", 40))  # bit positions a file
@@ -409,3 +411,55 @@ def test_a_flipped_bit_of_an_acquisition_changes_no_number_silently(acquisition,
         if len(found) != 2 or not all(map(same, found, expected)):
             silent.append(number)
     assert not silent
+
+
+def measured(shared: Path, name: str) -> torch.Tensor:
+    """k-space `(coils, H, W)` of a scanner."""
+    with h5py.File(shared / "mri" / "multicoil" / f"{name}.h5") as file:
+        return torch.from_numpy(file["kspace"][()])
+
+
+ACS_LINES = (6, 7, 8, 10, 12, 16)
+COVERED = {  # share of the object with maps, for each number of ACS lines
+    "brain_t1_4ch_ge": (0.00, 0.02, 0.10, 0.70, 1.00, 1.00),
+    "brain_t1_4ch_mprage": (0.00, 0.01, 0.19, 0.89, 1.00, 1.00),
+    "brain_16ch_96": (0.00, 0.02, 0.13, 0.49, 0.87, 1.00),
+    "heart_cine_10ch": (0.00, 0.04, 0.21, 0.91, 0.97, 1.00),
+    "brain_t1_8ch_alias": (0.00, 0.01, 0.09, 0.59, 1.00, 1.00),
+}
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_the_acs_lines_that_measured_data_need(shared, name):
+    kspace = measured(shared, name)
+    first = kspace.shape[-1] // 2
+    for lines, share in zip(ACS_LINES, COVERED[name], strict=True):
+        acs = slice(first - lines // 2, first - lines // 2 + lines)
+        maps = espirit(kspace[None], acs)[0]
+        found = rf"slice: coil maps cover (\d+)% of the object, made from {lines} ACS lines; "
+        if share < 0.05:
+            with pytest.raises(ValueError, match=f"{found}measure at least 12") as raised:
+                check_coverage(maps, kspace, acs, "slice")
+            assert abs(int(re.search(found, str(raised.value))[1]) / 100 - share) < 0.015
+        elif share < 0.8:
+            with pytest.warns(UserWarning, match=f"{found}12 or more are needed"):
+                assert abs(check_coverage(maps, kspace, acs, "slice") - share) < 0.015
+        else:
+            assert abs(check_coverage(maps, kspace, acs, "slice") - share) < 0.015  # a warning is an error
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_measured_kspace_in_another_layout_is_doubted(shared, name):
+    kspace = measured(shared, name)
+    assert not any(map(kspace_doubt, (kspace, kspace.conj(), kspace.flip(-2), kspace.roll(1, dims=-1))))
+    for axes, words in (((-2, -1), "rows and columns"), ((-1,), "columns"), ((-2,), "rows")):
+        doubt = kspace_doubt(torch.fft.ifftshift(kspace, dim=axes))
+        assert doubt.endswith(f"k-space is not centred along {words} (no fftshift), or is no k-space."), doubt
+        transformed = torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(kspace, dim=axes), dim=axes), dim=axes)
+        assert kspace_doubt(transformed).startswith("its energy peaks at row ")
+    sign = lambda axis: (-1.0) ** torch.arange(kspace.shape[axis]).reshape([-1] + [1] * (-1 - axis))
+    chopped = {-2: kspace_doubt(kspace * sign(-2)), -1: kspace_doubt(kspace * sign(-1))}
+    seen = {"heart_cine_10ch": (), "brain_t1_8ch_alias": (-2,)}  # where the object leaves a margin of background
+    for axis, words in ((-2, "rows"), (-1, "columns")):
+        expected = f"its image is split at the edges of the {words}: k-space is multiplied by (-1)^n along them?"
+        assert chopped[axis] == (expected if axis in seen.get(name, (-2, -1)) else "")

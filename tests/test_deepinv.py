@@ -17,7 +17,7 @@ from spade.deepinv import (  # noqa: E402
     OperatorPhysics,
     PhysicsOperator,
     as_channels,
-    as_complex,
+    from_channels,
     as_operator,
     as_physics,
 )
@@ -56,8 +56,8 @@ def test_channels_hold_real_and_imaginary_part(dtype):
     channels, kspace = as_channels(x), as_channels(y.conj(), coils=True)
     assert torch.equal(channels[:, 0], x[:, 0].real) and torch.equal(channels[:, 1], x[:, 0].imag)
     assert kspace.shape == (2, 2, 3, 4, 5) and torch.equal(kspace[:, 1], -y.imag)
-    assert torch.equal(as_complex(channels), x) and torch.equal(as_complex(kspace), y.conj())
-    assert as_complex(as_channels(y[:, :1], coils=True)).shape == (2, 1, 4, 5)
+    assert torch.equal(from_channels(channels), x) and torch.equal(from_channels(kspace), y.conj())
+    assert from_channels(as_channels(y[:, :1], coils=True)).shape == (2, 1, 4, 5)
 
 
 # Physics as operator
@@ -85,7 +85,7 @@ def test_both_directions_are_adjoint_and_without_noise(name):
     A = as_operator(physics)
     is_complex = isinstance(A, MultiCoilMRI)
     assert is_complex == (name in ("MultiCoilMRI", "MultiCoilMRI of two", "MRI"))
-    x = as_complex(image) if is_complex else image
+    x = from_channels(image) if is_complex else image
     y = A(x)
     clean = physics.A(image)
     assert relative_error(as_channels(y, coils=clean.ndim == 5) if is_complex else y, clean) < 1e-6
@@ -103,7 +103,7 @@ def test_the_truth_fits_its_measurement_exactly(name):
     physics, shape = PHYSICS[name]()
     physics.set_noise_model(NOISE)
     A, image = as_operator(physics), random(*shape)
-    x = as_complex(image) if isinstance(A, MultiCoilMRI) else image
+    x = from_channels(image) if isinstance(A, MultiCoilMRI) else image
     assert data_fidelity(x, A(x), A) == 0
     if name != "BlurDownsample":  # as operator that of this package, which has no noise
         assert data_fidelity(image, physics.A(image), PhysicsOperator(physics)) == 0
@@ -148,7 +148,7 @@ def test_a_complex_operator_becomes_a_physics_of_two_channels():
     A, x = Phase(), random(2, 1, 6, 5, dtype=torch.complex64)
     physics = as_physics(A, two_channels=True, noise_model=NOISE)
     image = as_channels(x)
-    assert torch.equal(as_complex(physics.A(image)), A(x))
+    assert torch.equal(from_channels(physics.A(image)), A(x))
     assert abs(physics.adjointness_test(image)) / image.norm() ** 2 < 1e-6
     assert as_operator(physics) is A and as_physics(physics) is physics and isinstance(physics, OperatorPhysics)
     assert not torch.equal(physics(image), physics.A(image)), "the noise of the settings is added"
@@ -220,7 +220,7 @@ def test_its_networks_are_pruned_exactly(name, small):
     teacher = FromDeepInverse(network).eval()
     with torch.no_grad():
         expected = network(as_channels(y, coils=True), as_physics(A))
-        assert torch.equal(teacher(y, A), as_complex(expected)), "the wrapper changes nothing"
+        assert torch.equal(teacher(y, A), from_channels(expected)), "the wrapper changes nothing"
     student = spade.prune(teacher, 0.4, priors=priors_of(teacher)).eval()
     expected = {2: 2, 10: 6, 20: 12, 30: 18}  # floor(0.6 width); the image keeps its two channels
     assert widths(student) == [(expected[a], expected[b]) for a, b in widths(teacher)] and 6 in sum(widths(student), ())
@@ -302,7 +302,7 @@ def test_our_network_is_the_same_in_deepinverse(small):
     with torch.no_grad():
         expected = model(y, A)
         assert (
-            relative_error(as_complex(ForDeepInverse(model)(as_channels(y, coils=True), as_physics(A))), expected)
+            relative_error(from_channels(ForDeepInverse(model)(as_channels(y, coils=True), as_physics(A))), expected)
             < 1e-6
         )
         one = deepinv.physics.MRI(mri_mask(1, 24, 20))

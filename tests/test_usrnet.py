@@ -152,16 +152,25 @@ def test_sizes_of_the_full_network_are_inferred(full):
     assert USRNet.from_published(full.state_dict()).config() == full.config()
 
 
-@pytest.mark.parametrize(
-    "wrong, found",
-    [("usrnet.pth", "'usrnet.pth'"), (Path("usrnet.pth"), "'usrnet.pth'"), (None, "a NoneType"), (nn.ReLU(), "a ReLU")],
-)
+@pytest.mark.parametrize("wrong, found", [(None, "a NoneType"), (nn.ReLU(), "a ReLU")])
 def test_what_is_no_dictionary_of_weights_is_named(wrong, found):
     with pytest.raises(
-        TypeError,
-        match=f"^USRNet.from_published: weights must be a dictionary of tensors, got {found}; pass torch.load.path..$",
+        TypeError, match=f"^USRNet.from_published: weights must be a dictionary .*, got {found}.$"
     ):
         USRNet.from_published(wrong)
+
+
+def test_the_published_file_is_known_by_its_digest(tmp_path, shared, published):
+    path, original = tmp_path / "usrnet_tiny.pth", shared / "weights" / "usrnet_tiny.pth"
+    assert USRNet.from_published(original).config()["iterations"] == 6
+    content = bytearray(original.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="usrnet_tiny.pth must have the published SHA-256 d82929fc053d6bbe.*, got"):
+        USRNet.from_published(path)
+    torch.save(published, tmp_path / "mine.pth")  # a file of an unknown name
+    model = USRNet.from_published(tmp_path / "mine.pth")
+    assert all(torch.equal(value, published[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

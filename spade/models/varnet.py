@@ -5,18 +5,24 @@
 # %% auto #0
 __all__ = ['Network', 'ConvBlock', 'TransposeConvBlock', 'match_size', 'Unet', 'normalize', 'NormUnet', 'unet_prior', 'multiply',
            'sens_expand', 'sens_reduce', 'VarNetBlock', 'VarNet', 'symmetric_centre', 'SensitivityModel', 'E2EVarNet',
-           'check_weights', 'load_checked', 'fastmri_sizes', 'load_fastmri']
+           'check_weights', 'read_weights', 'load_checked', 'fastmri_sizes', 'load_fastmri']
 
 # %% ../../nbs/models/05_varnet.ipynb #c003
+import hashlib
+import io
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..basics import check_finite
 from .deq import channels_to_complex, complex_to_channels
 from ..operators import MultiCoilMRI, check_precision, fft2c, ifft2c
-from torch import Tensor, nn
 
 # %% ../../nbs/models/05_varnet.ipynb #c006
 class ConvBlock(nn.Module):
@@ -184,9 +190,9 @@ class VarNet(nn.Module):
         yield from (unet_prior(module) for module in self.cascades.modules() if isinstance(module, Unet))
 
     @classmethod
-    def from_fastmri(cls, state_dict: Mapping) -> Self:
-        """The network of a fastMRI checkpoint; `TypeError` for a path, `ValueError` for other weights."""
-        return load_fastmri(cls, state_dict)
+    def from_fastmri(cls, weights: Mapping | str | os.PathLike) -> Self:
+        """The network of a fastMRI checkpoint, a file or its content; `ValueError` for other weights."""
+        return load_fastmri(cls, weights)
 
 # %% ../../nbs/models/05_varnet.ipynb #c041
 def symmetric_centre(mask: Tensor) -> Tensor:  # bool, (B, 1, 1, W) or (B, 1, H, W), to bool (B, 1, 1, W)
@@ -246,10 +252,29 @@ class E2EVarNet(VarNet):
 
 # %% ../../nbs/models/05_varnet.ipynb #c053
 def check_weights(weights: object, caller: str) -> None:
-    """Raise `TypeError` for anything but a dictionary, such as the path of a file."""
+    """Raise `TypeError` for anything but a dictionary."""
     if not isinstance(weights, Mapping):
-        found = f"'{weights}'" if isinstance(weights, (str, os.PathLike)) else f"a {type(weights).__name__}"
-        raise TypeError(f"{caller}: weights must be a dictionary of tensors, got {found}; pass torch.load(path).")
+        raise TypeError(f"{caller}: weights must be a dictionary of tensors, got a {type(weights).__name__}.")
+
+
+def read_weights(weights: object, caller: str, digests: Mapping[str, str] = {}) -> Mapping:
+    """A dictionary of tensors, or that in a file of `torch.save`; no code of the file is run.
+
+    `digests` holds the SHA-256 of published files by name. Raises ValueError for a file that differs from it or is
+    damaged, TypeError for another object."""
+    if isinstance(weights, (str, os.PathLike)):
+        content, published = Path(weights).read_bytes(), digests.get(Path(weights).name)
+        if published and (found := hashlib.sha256(content).hexdigest()) != published:
+            raise ValueError(f"{weights} must have the published SHA-256 {published}, got {found}; download it again.")
+        try:
+            if zipfile.is_zipfile(io.BytesIO(content)) and (bad := zipfile.ZipFile(io.BytesIO(content)).testzip()):
+                raise ValueError(f"a wrong checksum of {bad!r}")
+            weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:
+            found = str(error).partition("\n")[0]
+            raise ValueError(f"{weights} must be a whole file of tensors by torch.save, got {found:.150}.") from None
+    check_weights(weights, caller)
+    return weights  # type: ignore[return-value]  # checked
 
 # %% ../../nbs/models/05_varnet.ipynb #c054
 Network = TypeVar("Network", bound=nn.Module)
@@ -262,6 +287,8 @@ def load_checked(model: Network, weights: Mapping[str, Tensor], expected: str) -
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise ValueError(f"{expected}, got {len(weights)} tensors that do not fit: {first}") from None
+    for name, value in weights.items():
+        check_finite(f"weight {name!r}", value)
     return model
 
 # %% ../../nbs/models/05_varnet.ipynb #c055
@@ -275,10 +302,10 @@ def fastmri_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     return sizes
 
 # %% ../../nbs/models/05_varnet.ipynb #c056
-def load_fastmri(cls: type[Network], checkpoint: Mapping) -> Network:
+def load_fastmri(cls: type[Network], source: Mapping | str | os.PathLike) -> Network:
     """Build the network of a fastMRI checkpoint, plain or Lightning's; raises as `VarNet.from_fastmri`."""
     caller = f"{cls.__name__}.from_fastmri"
-    check_weights(checkpoint, caller)
+    checkpoint = read_weights(source, caller)
     weights = checkpoint.get("state_dict", checkpoint)
     check_weights(weights, f"{caller}, 'state_dict'")
     if any(name.startswith("varnet.") for name in weights):  # Lightning: beside the weights of the loss

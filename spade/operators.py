@@ -9,8 +9,9 @@ __all__ = ['fft2c', 'ifft2c', 'acs_block', 'exact_lines', 'equispaced_mask', 'ef
 from collections.abc import Callable
 
 import torch
-from .basics import as_real, inner
 from torch import Tensor, nn
+
+from .basics import as_real, inner
 
 # %% ../nbs/02_operators.ipynb #c005
 def fft2c(image: Tensor) -> Tensor:

@@ -9,27 +9,35 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import nn
 
+from spade.config import load_config
+from spade.data.fastmri import read_volume_header, split_subjects
+from spade.data.phantom import simulate
 from spade.finetuning import train
 from spade.losses import (
     ALLOWED_SETTINGS,
+    SELF_SUPERVISED,
     STRATEGIES,
     check_reference,
     data_fidelity,
     default_loss,
     draw_rotation,
     equivariance,
+    hold_out,
     l1,
     make_strategy,
     rotate,
     rotate_right,
     self_supervised_loss,
     smooth_l1,
+    split_lines,
+    split_loss,
     squared_error,
     ssim_l1_loss,
     ssim_loss,
+    strip,
 )
 from spade.models import DEQ, E2EVarNet, VarNet
-from spade.operators import BlurDownsample, MultiCoilMRI, normalize_maps
+from spade.operators import BlurDownsample, MultiCoilMRI, acs_lines, normalize_maps
 
 
 class Batch(NamedTuple):
@@ -228,9 +236,10 @@ def test_every_strategy_gives_every_network_finite_gradients(network, strategy):
     )
 
 
-@pytest.mark.parametrize("strategy", ["school", "self-supervised"])
-@pytest.mark.parametrize("network", [VarNet, DEQ])
+@pytest.mark.parametrize("strategy", ["school", *SELF_SUPERVISED])
+@pytest.mark.parametrize("network", [VarNet, E2EVarNet, DEQ])
 def test_school_and_self_supervised_never_see_the_ground_truth(strategy, network):
+    chosen = {"name": "self-supervised", "loss": strategy} if strategy in SELF_SUPERVISED else {"name": strategy}
     batches = [make_batch(seed) for seed in range(2)]
     truths = {
         "truth": lambda x: x,
@@ -248,7 +257,7 @@ def test_school_and_self_supervised_never_see_the_ground_truth(strategy, network
         train(
             model,
             [b._replace(x=change(b.x)) for b in batches],
-            make_strategy(strategy, teacher=teacher),
+            make_strategy(**chosen, teacher=teacher),
             steps=4,
             learning_rate=1e-3,
             progress=False,
@@ -432,7 +441,6 @@ def test_both_terms_of_ssim_and_l1_see_a_real_image_as_it_is():
 @pytest.mark.parametrize(
     "strategy, setting",
     [
-        ("self-supervised", "loss"),
         ("self-supervised", "remember"),
         ("supervised", "remember"),
         *(
@@ -451,22 +459,29 @@ def test_a_setting_of_another_strategy_is_refused_by_name(strategy, setting):
         make_strategy(strategy, teacher=small(VarNet), **{setting: value})
 
 
+@pytest.mark.parametrize("loss, setting", [("split", "rotations"), ("equivariant", "share"), ("fidelity", "weight")])
+def test_a_setting_of_another_loss_without_ground_truth_is_refused(loss, setting):
+    with pytest.raises(
+        ValueError, match=f"unknown setting of strategy self-supervised '{setting}': choose one of loss"
+    ):
+        make_strategy("self-supervised", loss=loss, **{setting: 0.5})
+
+
 def test_every_strategy_takes_all_of_its_settings():
-    values = {
-        "loss": "l1",
-        "remember": 3,
-        "rotations": "right",
-        "rotate_maps": True,
-        "weight": 0.5,
-        "detach": True,
-        "flips": True,
-    }
+    values = {"remember": 3, "rotations": "right", "rotate_maps": True, "weight": 0.5, "detach": True, "flips": True}
+    values |= {"share": 0.2, "rows": 16}
     for name, settings in ALLOWED_SETTINGS.items():
-        chosen = {setting: values[setting] for setting in settings}
-        strategy = make_strategy(name, teacher=small(VarNet), **chosen)
-        for setting in settings:
-            value = getattr(strategy, setting, None) if name != "self-supervised" else strategy.choices[setting]
-            assert value is l1 if setting == "loss" else value == chosen[setting]
+        for loss, own in SELF_SUPERVISED.items() if name == "self-supervised" else [("l1", settings[1:])]:
+            chosen = {setting: values[setting] for setting in {*own, "rows"}}
+            strategy = make_strategy(name, teacher=small(VarNet), loss=loss, **chosen)
+            assert strategy.rows == 16
+            if name == "self-supervised":
+                assert strategy.choices == {"loss": loss, **chosen}
+            else:
+                assert strategy.loss is l1 and getattr(strategy, "remember", 3) == 3
+    assert set(ALLOWED_SETTINGS["self-supervised"]) == {"loss", "rows"} | {
+        s for own in SELF_SUPERVISED.values() for s in own
+    }
     assert make_strategy("supervised").loss is make_strategy("school", teacher=small(VarNet)).loss is smooth_l1
 
 
@@ -536,10 +551,9 @@ def test_eq_9_measures_without_the_noise_of_a_physics():
     model = Image(x)
     values = [equivariance(model, x, each, lambda image: image.flip(-1)) for each in (A, noisy)]
     assert values[0] == values[1]
-    assert torch.equal(
-        self_supervised_loss(Zero(), y, A, torch.Generator().manual_seed(0), rotations="right"),
-        (self_supervised_loss(Zero(), y, Adjoint(A), torch.Generator().manual_seed(0), rotations="right")),
-    )
+    values = [self_supervised_loss(Zero(), y, B, torch.Generator().manual_seed(0), rotate_maps=False)
+              for B in (A, Adjoint(A))]  # fmt: skip
+    assert torch.equal(*values)
 
 
 class Adjoint(Noisy):
@@ -558,3 +572,216 @@ def test_data_fidelity_takes_a_mask_without_an_axis_of_coils_and_no_measurement_
     assert data_fidelity(y, y * mask.unsqueeze(2), zero) == 1
     with pytest.raises(ValueError, match=r"measurement y must have the shape of A\(x_hat\), \(1, 2, 3, 4, 4\), got"):
         data_fidelity(y, y[:, :, :1], zero)
+
+
+# Without ground truth: parts of the lines, frozen parameters, strips of rows
+
+
+class Seeing(nn.Module):
+    """A network that stores what it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.tensor(1.0)), []
+
+    def forward(self, y, A):
+        self.seen.append((y, A))
+        return self.weight * A.adjoint(y)
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_split_lines_are_two_parts_of_the_mask(rows):
+    y, A, x, _ = make_batch(batch=2)
+    masks = (torch.arange(32) % 3 < 2).repeat(2, 1, rows, 1)
+    masks[1, :, :, 3] = False
+    A = A.with_mask(masks)
+    held_shares = []
+    for seed in range(40):
+        given, held = split_lines(A, 0.3, torch.Generator().manual_seed(seed))
+        assert torch.equal(given | held, A.mask) and not (given & held).any()
+        assert given[..., acs_lines(A.mask)].all(), "the ACS lines are never held out"
+        assert (held.all(dim=-2) == held.any(dim=-2)).all(), "whole lines"
+        held_shares.append(held.double().sum().item() / (A.mask.sum() - 2 * rows * 2).item())
+    assert sum(held_shares) / 40 == pytest.approx(0.3, abs=0.05)
+
+
+def test_lines_are_split_only_where_there_is_a_mask():
+    with pytest.raises(TypeError, match="A must have a mask of lines to be split, got a Identity"):
+        split_lines(nn.Identity(), 0.3, torch.Generator())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_split_loss_by_hand_and_its_network_sees_the_given_lines_only(share):
+    y, A, x, _ = make_batch(batch=2)
+    model = Seeing()
+    loss = split_loss(model, y, A, torch.Generator().manual_seed(5), share)
+    given, held = split_lines(A, share, torch.Generator().manual_seed(5))
+    ((part, A_given),) = model.seen
+    assert torch.equal(A_given.mask, given) and torch.equal(part, y * given)
+    x_hat = A_given.adjoint(part)
+    k = A.with_mask(torch.ones_like(A.mask))(x_hat)
+    means = [
+        (torch.view_as_real(k - y).abs() * lines[..., None]).sum() / (2 * lines.expand(y.shape).sum()).clamp_min(1)
+        for lines in (given, held)
+    ]
+    assert loss.item() == pytest.approx(sum(means).item(), rel=1e-5)
+    changed = split_loss(Seeing(), y + held, A, torch.Generator().manual_seed(5), share)
+    assert (changed != loss) == bool(held.any()), "the held-out lines count in the loss"
+
+
+def test_fidelity_alone_is_eq_9_without_its_second_term():
+    y, A, x, _ = make_batch()
+    model = small(VarNet)
+    found = make_strategy("self-supervised", loss="fidelity")(model, Batch(y, A, None, {}), torch.Generator())
+    assert torch.equal(found, data_fidelity(model(y, A), y, A))
+
+
+def test_the_loss_of_a_split_of_e2e_varnet_uses_the_maps_of_the_given_lines():
+    y, A, x, _ = make_batch()
+    model = small(E2EVarNet)
+    loss = split_loss(model, y, A, torch.Generator().manual_seed(1))
+    given, held = split_lines(A, 0.3, torch.Generator().manual_seed(1))
+    A_model = model.effective_operator(y * given, A.with_mask(given))
+    x_hat = model(y * given, A.with_mask(given))
+    expected = data_fidelity(x_hat, y * given, A_model) + data_fidelity(x_hat, y * held, A_model.with_mask(held))
+    assert torch.allclose(loss, expected)
+
+
+@pytest.mark.parametrize("loss", SELF_SUPERVISED)
+def test_the_map_estimator_is_frozen_without_ground_truth_and_free_again_afterwards(loss):
+    model = small(E2EVarNet)
+    model.cascades[0].dc_weight.requires_grad_(False)  # frozen by the user: stays so
+    before = copy.deepcopy(model.state_dict())
+    train(model, [make_batch()._replace(x=None)], make_strategy("self-supervised", loss=loss),
+          steps=2, learning_rate=1e-2, progress=False)  # fmt: skip
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and not [name for name in changed if name.startswith("sens_net")]
+    assert "cascades.0.dc_weight" not in changed and not model.cascades[0].dc_weight.requires_grad
+    assert all(p.requires_grad and p.grad is None for p in model.sens_net.parameters())
+
+
+def test_the_map_estimator_is_trained_with_a_reference_and_free_after_an_error():
+    model, batch = small(E2EVarNet), make_batch()
+    before = copy.deepcopy(model.sens_net.state_dict())
+    train(model, [batch], make_strategy("supervised"), steps=1, learning_rate=1e-2, progress=False)
+    assert any(not torch.equal(value, before[name]) for name, value in model.sens_net.state_dict().items())
+    strategy = make_strategy("self-supervised")
+    with pytest.raises(KeyboardInterrupt), strategy.freeze(model):
+        assert not any(p.requires_grad for p in model.sens_net.parameters())
+        raise KeyboardInterrupt
+    assert all(p.requires_grad for p in model.sens_net.parameters())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_operator_of_a_strip_is_exact(seed):
+    """The readout is fully sampled: A and its adjoint of a strip are the rows of those of the whole image."""
+    y, A, x, info = batch = make_batch(seed, (32, 24), 2, torch.complex128)
+    part = strip(batch, 10, torch.Generator().manual_seed(seed))
+    first = int(torch.randint(23, (), generator=torch.Generator().manual_seed(seed)))
+    rows = slice(first, first + 10)
+    assert torch.equal(part.x, x[..., rows, :]) and part.y.shape == (2, 3, 10, 24) and part.info is info
+    torch.testing.assert_close(part.A(part.x), part.y, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(part.A.adjoint(part.y), A.adjoint(y)[..., rows, :], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(part.A.normal(part.x), A.normal(x)[..., rows, :], rtol=1e-10, atol=1e-12)
+
+
+def test_strips_move_and_no_strip_is_the_whole():
+    batch = make_batch()._replace(x=None)
+    assert strip(batch, None, torch.Generator()) is batch and strip(batch, 32, torch.Generator()) is batch
+    generator = torch.Generator().manual_seed(0)
+    assert len({strip(batch, 8, generator).y.sum().item() for _ in range(20)}) > 5
+    assert strip(batch, 8, generator).x is None
+    with pytest.raises(ValueError, match="mask must have 1 or 8 rows"):
+        strip(batch._replace(A=batch.A.with_mask(batch.A.mask.expand(1, 1, 32, 32))), 8, generator)
+    with pytest.raises(TypeError, match="batch.A must be a MultiCoilMRI if rows is given, got a Identity"):
+        strip(batch._replace(A=nn.Identity()), 8, generator)
+
+
+def test_strategies_train_on_strips_and_the_teacher_sees_the_whole_slice():
+    batch, teacher = make_batch(), Seeing()
+    school, model = make_strategy("school", teacher=teacher, rows=8), Seeing()
+    school(model, batch, torch.Generator().manual_seed(0))
+    assert school.teacher.seen[0][0].shape[-2] == 32 and model.seen[0][0].shape[-2] == 8
+    x = strip(batch._replace(x=batch.A.adjoint(batch.y)), 8, torch.Generator().manual_seed(0)).x
+    assert school(model, batch, torch.Generator().manual_seed(0)) < 1e-10, "the zero-filled strip is that of the slice"
+    torch.testing.assert_close(x, model.seen[0][1].adjoint(model.seen[0][0]))
+    for strategy in (make_strategy("supervised", rows=8), make_strategy("self-supervised", loss="split", rows=8)):
+        strategy(model, batch, torch.Generator().manual_seed(0))
+        assert model.seen[-1][0].shape[-2] == 8
+    with pytest.raises(ValueError, match="rows"):
+        train(model, [batch], school, steps=1, rows=0, progress=False)
+
+
+def test_a_network_may_add_its_own_terms_in_training_only():
+    batch = make_batch()
+    arguments = []
+
+    class Own(Seeing):
+        def stability(self, *given):
+            arguments.append(given)
+            return 10.0
+
+    for name, target in {"supervised": True, "self-supervised": False}.items():
+        strategy, model = make_strategy(name), Own()
+        with_terms = strategy(model.train(), batch, torch.Generator().manual_seed(0))
+        plain = strategy(model.eval(), batch, torch.Generator().manual_seed(0))
+        assert with_terms.item() == pytest.approx(plain.item() + 10)
+        x_hat, y, A, x, loss, generator = arguments[-1]
+        assert torch.equal(x_hat, A.adjoint(y)) and (x is not None) == target and callable(loss)
+    assert len(arguments) == 2
+
+
+@pytest.mark.parametrize("name", ["supervised", "school", *SELF_SUPERVISED])
+def test_the_terms_of_deq_reach_every_loss(name):
+    batch = make_batch()
+    chosen = {"name": "self-supervised", "loss": name} if name in SELF_SUPERVISED else {"name": name}
+    losses = []
+    for contraction in (None, 0.01):
+        torch.manual_seed(0)
+        model = DEQ(features=4, num_blocks=1, train_iterations=8, gradient="jacobian-free", contraction=contraction)
+        strategy = make_strategy(**chosen, teacher=DEQ(features=2, num_blocks=1))
+        losses.append(strategy(model.train(), batch, torch.Generator().manual_seed(0)))
+    losses[1].backward()
+    assert losses[1] > losses[0] + 1e-4 and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_held_out_lines_are_fixed_unseen_and_score_the_network():
+    batches = [make_batch(seed) for seed in range(3)]
+    given, score = hold_out(batches, share=0.4, seed=1)
+    again, _ = hold_out(batches, share=0.4, seed=1)
+    for batch, part, same in zip(batches, given, again):
+        assert torch.equal(part.A.mask, same.A.mask) and part.x is None
+        assert torch.equal(part.y, batch.y * part.A.mask) and part.A.mask.sum() < batch.A.mask.sum()
+        assert not (part.A.mask & ~batch.A.mask).any()
+    model = Seeing()
+    found = score(model)
+    assert all(torch.equal(y, part.y) and torch.equal(A.mask, part.A.mask) for (y, A), part in zip(model.seen, given))
+    by_hand = []
+    for batch, part in zip(batches, given):
+        held = batch.A.with_mask(batch.A.mask & ~part.A.mask)
+        by_hand.append(data_fidelity(part.A.adjoint(part.y), held.mask * batch.y, held).item())
+    assert found == pytest.approx(-sum(by_hand) / 3)
+
+
+def test_early_stopping_on_held_out_lines_keeps_the_best_weights():
+    """A factor that starts right and is trained on noise gets worse: the held-out lines notice."""
+    y, A, x, _ = batch = make_batch(size=(32, 32))
+    given, score = hold_out([batch], share=0.5)
+    network = Image(x + 0.1)
+    noisy = [given[0]._replace(y=given[0].A.mask * (given[0].y + torch.randn_like(y)))]
+    log = train(network, noisy, make_strategy("self-supervised", loss="fidelity"), validate=score, keep_best=True,
+                steps=60, learning_rate=3e-2, validate_every=5, patience=3, progress=False)  # fmt: skip
+    assert log.steps < 60 and log.best_step < log.steps
+    assert score(network) == max(value for _, value in log.validation)
+
+
+def test_tuning_subjects_are_not_those_of_the_experiments(tmp_path):
+    """The settings of the demo were tuned on simulated subjects from number 50 on; the demo has those before."""
+    config = load_config("demo")
+    files = simulate(tmp_path, 56, 1, (32, 32), 2, seed=config.data.simulation.seed, progress=False)
+    assert sum(config.data.subjects) == 50
+    splits = split_subjects(files[:50], config.data.subjects, config.data.seed)
+    subjects = {name: {read_volume_header(path).subject for path in paths} for name, paths in splits.items()}
+    subjects["tune"] = {read_volume_header(path).subject for path in files[50:]}
+    assert [len(part) for part in subjects.values()] == [*config.data.subjects, 6]
+    assert len(set.union(*subjects.values())) == 56, "no subject is in two of the sets"

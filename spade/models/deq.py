@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from ..basics import as_real, check_values, choose, norms, seeded
 from ..operators import LinearOperator, check_precision
-from torch import Tensor, nn
 
 # %% ../../nbs/models/04_deq.ipynb #c007
 def complex_to_channels(image: Tensor) -> Tensor:  # complex (B, C, H, W) to real (B, 2C, H, W)

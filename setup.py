@@ -24,6 +24,7 @@ setup(
     packages=find_packages(include=["spade", "spade.*"]),
     package_data={"spade": ["assets/**/*", "assets/*"]},
     install_requires=requirements("requirements"),
+    entry_points={"console_scripts": ["spade=spade.__main__:main"]},
     extras_require={
         "slurm": requirements("slurm_requirements"),
         "deepinv": requirements("deepinv_requirements"),

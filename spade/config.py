@@ -88,12 +88,14 @@ class Photos(FrozenSettings):
 
 # %% ../nbs/repro/32_config.ipynb #c017
 class Equivariance(FrozenSettings):
-    """Settings of the equivariant term of eq. 9."""
+    """Settings of the losses without ground truth and teacher, above all of the equivariant term of eq. 9."""
 
-    rotations: Literal["any", "right"] = "any"  # angles: all, or multiples of 90 degrees
-    rotate_maps: bool = False  # rotate the coil maps with the image
+    loss: Literal["equivariant", "fidelity", "split"] = "equivariant"  # eq. 9, its first term, or a split of the lines
+    rotations: Literal["any", "right"] = "right"  # angles: all, or multiples of 90 degrees
+    rotate_maps: bool | None = None  # rotate the coil maps with the image; null: where there are maps
     weight: Annotated[Real, Field(ge=0)] = 1.0  # of the equivariant term against data fidelity
-    detach: bool = False  # treat the rotated reconstruction as a fixed target
+    detach: bool = True  # treat the rotated reconstruction as a fixed target
+    share: Ratio = 0.3  # probability with which a split holds out a line
 
 # %% ../nbs/repro/32_config.ipynb #c019
 class WarmStart(FrozenSettings):

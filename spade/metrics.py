@@ -8,7 +8,7 @@ __all__ = ['comparable', 'comparable_pair', 'psnr', 'ssim', 'reference_of', 'ima
 
 # %% ../nbs/09_metrics.ipynb #c003
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -89,16 +89,22 @@ def image_rows(x_hat: Tensor, batch: Batch) -> list[dict]:
 
 # %% ../nbs/09_metrics.ipynb #c025
 @torch.no_grad()
-def evaluate(model: Callable, batches: Iterable[Batch], progress: bool = True) -> pd.DataFrame:
-    """PSNR (dB) and SSIM of every image of an unchanged `model(y, A)`; raises as `image_rows`."""
+def evaluate(model: Any, batches: Iterable[Batch], progress: bool = True, radii: int = 0) -> pd.DataFrame:
+    """PSNR (dB) and SSIM of every image of an unchanged `model(y, A)`; raises as `image_rows`.
+
+    A DEQ adds iterations, relative_step and converged (0 or 1), and spectral_radius for the first `radii` images."""
+    rows: list[dict]
     rows, device = [], device_of(model)
     with evaluating(*[model] if isinstance(model, nn.Module) else []):
         for batch in tqdm(batches, desc="evaluating", leave=False, **({} if progress else {"disable": True})):
-            x_hat = model(batch.y.to(device), on_device(batch.A, device))
+            y, A = batch.y.to(device), on_device(batch.A, device)
+            x_hat = model(y, A)
             check_values(batch.y, batch.A, batch.x)
-            found = image_rows(x_hat, batch)
-            iterations = getattr(model, "last_iterations", None)
-            rows += [row | ({} if iterations is None else {"iterations": int(iterations)}) for row in found]
+            trace = getattr(model, "last_trace", None)
+            records = trace.rows() if trace else [{}] * len(x_hat)
+            rows += [row | record for row, record in zip(image_rows(x_hat, batch), records)]
+            if len(rows) <= radii and len(x_hat) == 1 and hasattr(model, "radius"):
+                rows[-1]["spectral_radius"] = model.radius(y, A, x_hat)
     return pd.DataFrame(rows)
 
 # %% ../nbs/09_metrics.ipynb #c038

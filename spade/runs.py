@@ -42,7 +42,7 @@ from .data import fastmri, phantom
 from .data.kernels import read_kernels, test_kernels
 from .data.photos import MeasurementCrops, PhotoCrops, Photographs, embedded_photos, find_photos
 from .files import atomic_write, notebook_path, plain, project_root, read_json, resolve, write_json
-from .losses import STRATEGIES
+from .losses import SELF_SUPERVISED, STRATEGIES
 from .models import NETWORKS, USRNet, build
 from .operators import effective_rate
 from .training import Training
@@ -146,12 +146,14 @@ def read_record(path: str | Path, suffixes: str | tuple[str, ...] = "") -> dict[
 
     `suffixes`: of the files that are checked; "" for all, () for none."""
     path, record = Path(path), read_json(path)
-    wrong = record.pop("checksum", "") != content_key(record) if isinstance(record, dict) else True
-    changed = [path] if wrong else []
-    for name, expected in ({} if wrong else record["files"]).items():
-        file = path.with_name(name)
-        if name.endswith(suffixes) and not (file.is_file() and file_checksum(file) == expected):
-            changed.append(file)
+    intact = isinstance(record, dict) and record.pop("checksum", "") == content_key(record)
+    files = (
+        {path.with_name(name): key for name, key in record["files"].items() if name.endswith(suffixes)}
+        if intact
+        else {}
+    )
+    changed = [file for file, key in files.items() if not (file.is_file() and file_checksum(file) == key)]
+    changed = changed if intact else [path]
     if changed:
         found = "a changed or truncated file" if changed[0].is_file() else "no file"
         advice = f"make it again (the batch does) or remove {path.name}"
@@ -310,11 +312,14 @@ def loop_settings(training: Training, run: Run, config: Config, folder: str | Pa
 
 
 def strategy_settings(config: Config, run: Run) -> dict[str, Any]:
-    """Arguments of `spade.losses.make_strategy` for this student."""
-    if run.strategy == "self-supervised":
-        return (config.networks[run.network].self_supervised or config.self_supervised).model_dump()
-    loss = training_of(config, run).loss
-    return {"loss": loss} if loss else {}
+    """Arguments of `spade.losses.make_strategy` for this student or teacher."""
+    training = training_of(config, run)
+    chosen: dict[str, Any] = {name: value for name in ("loss", "rows") if (value := getattr(training, name))}
+    if run.strategy != "self-supervised":
+        return chosen
+    every = (config.networks[run.network].self_supervised or config.self_supervised).model_dump()
+    names = {"loss", *SELF_SUPERVISED[every["loss"]]}
+    return chosen | {name: value for name, value in every.items() if name in names}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -397,19 +402,23 @@ def is_complete(run: Run, out: str | Path, inputs: dict) -> bool:
 # %% ../nbs/repro/33_runs.ipynb #c057
 def tidy(table: pd.DataFrame, run: Run, model: str = "", strategy: str | None = None) -> pd.DataFrame:
     """The wide table of `spade.metrics.evaluate` as one row per number, with the run's facts."""
-    measured = [column for column in ("psnr", "ssim", "iterations") if column in table and table[column].notna().all()]
+    names = ("psnr", "ssim", "iterations", "relative_step", "converged", "spectral_radius")
+    measured = [name for name in names if name in table]
     setting = {"scale": table["scale"].astype(int)} if run.super_resolution else {"acceleration": run.acceleration}
     image = table["subject"].astype(str) + "/" + table["slice"].astype(str)
     long = table[measured].astype(float).assign(image=image, **setting).melt(["image", *setting], var_name="metric")
+    long = long.dropna(subset="value")  # the spectral radius of most images
     facts = {"model": model or run.network, "criterion": "group l1" if run.strategy else "", "ratio": run.ratio}
     facts |= {"strategy": run.strategy if strategy is None else strategy, "start": run.start, "seed": run.seed}
     columns = ["model", *setting, "criterion", "ratio", "strategy", "start", "seed", "image", "metric", "value"]
     return long.assign(**facts)[columns]
 
 # %% ../nbs/repro/33_runs.ipynb #c060
-def write_csv(path: str | Path, table: pd.DataFrame) -> Path:
-    """Write a table without its index, with six significant digits."""
-    return atomic_write(path, lambda part: table.to_csv(part, index=False, float_format="%.6g"))
+def write_csv(path: str | Path, table: pd.DataFrame, form: str | None = "%.6g") -> Path:
+    """Write a table without its index, compressed for .gz, without time stamp: equal tables are equal files."""
+    packed = {"method": "gzip", "mtime": 0} if str(path).endswith(".gz") else None
+    settings: dict[str, Any] = {"index": False, "float_format": form, "compression": packed}
+    return atomic_write(path, lambda part: table.to_csv(part, **settings))
 
 
 def displayable(image: torch.Tensor | np.ndarray) -> np.ndarray:

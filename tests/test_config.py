@@ -33,7 +33,7 @@ PARTS = (Config, Data, Photos, Simulation, Sampling, NetworkSettings, WarmStart,
 
 def write_config(folder: Path, **changes: object) -> Path:
     """The smoke configuration with top-level keys changed, in a file of its own."""
-    settings = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text(encoding="utf-8"))
     path = folder / "changed.yaml"
     path.write_text(yaml.safe_dump({**settings, **changes}))
     return path
@@ -41,7 +41,7 @@ def write_config(folder: Path, **changes: object) -> Path:
 
 def write_text(folder: Path, old: str, new: str) -> Path:
     """The text of the smoke configuration with one place changed."""
-    text = (ROOT / "config" / "smoke.yaml").read_text()
+    text = (ROOT / "config" / "smoke.yaml").read_text(encoding="utf-8")
     assert text.count(old) == 1
     path = folder / "changed.yaml"
     path.write_text(text.replace(old, new))
@@ -225,7 +225,7 @@ def test_two_wrong_settings_are_named_together():
 
 def test_a_duplicate_key_is_refused_with_its_line(tmp_path):
     path = write_text(tmp_path, "threads: 1", "threads: 1\nthreads: 2")
-    line = 1 + path.read_text().splitlines().index("threads: 2")
+    line = 1 + path.read_text(encoding="utf-8").splitlines().index("threads: 2")
     with pytest.raises(ValueError, match=f"changed.yaml: line {line}: key 'threads' must occur once in its mapping"):
         load_config(path)
     with pytest.raises(ValueError, match="key 'steps' must occur once"):
@@ -316,8 +316,8 @@ def test_every_key_is_read():
     """18 of 80 keys of the authors' configurations are never read; here each is an attribute or passed on whole."""
     paths = [path for path in sorted((ROOT / "spade").rglob("*.py")) if path.name != "config.py"]
     paths += [*sorted((ROOT / "nbs" / "experiments").glob("*.ipynb")), *ROOT.glob("workflow/Snakefile")]
-    code = "\n".join(path.read_text() for path in paths)
-    code += (ROOT / "spade" / "config.py").read_text().split("def warm_start_at")[1]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    code += (ROOT / "spade" / "config.py").read_text(encoding="utf-8").split("def warm_start_at")[1]
     assert re.search(r"config\.sampling\.model_dump\(\)", code)
     names = [name for part in PARTS if part is not Sampling for name in part.model_fields]
     assert not [
@@ -331,7 +331,9 @@ def test_what_is_passed_on_whole_is_what_the_loop_and_the_strategy_take():
     from spade.data.fastmri import MultiCoilSlices
     from spade.losses import ALLOWED_SETTINGS
 
-    assert set(Training(steps=1).arguments()) | {"loss", "steps_at", "learning_rate_at"} == set(Training.model_fields)
+    assert set(Training(steps=1).arguments()) | {"loss", "rows", "steps_at", "learning_rate_at"} == set(
+        Training.model_fields
+    )
     Training(**Training(steps=1).arguments())
     assert set(Equivariance.model_fields) <= set(ALLOWED_SETTINGS["self-supervised"])
     assert set(Sampling.model_fields) <= set(inspect.signature(MultiCoilSlices).parameters)

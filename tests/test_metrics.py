@@ -11,6 +11,7 @@ from torch import nn
 
 from spade.basics import Batch
 from spade.metrics import evaluate, psnr, ssim
+from spade.models.deq import Trace
 from spade.operators import BlurDownsample, MultiCoilMRI
 
 
@@ -110,14 +111,15 @@ def test_what_cannot_be_compared(x_hat, x, sentence):
 
 
 class Counting(nn.Module):
-    "A network with a parameter, dropout and an iteration count."
+    "A network with a parameter and the record of a search, as a DEQ has it."
 
     def __init__(self):
         super().__init__()
-        self.weight, self.last_iterations, self.seen = nn.Parameter(torch.ones(())), 0, []
+        self.weight, self.last_trace, self.seen = nn.Parameter(torch.ones(())), Trace(tolerance=1e-4), []
 
     def forward(self, y, A):
-        self.last_iterations += 1
+        last = torch.full((len(y),), 1e-5)
+        self.last_trace.residuals = [last + 1] * len(self.seen) + [last if self.seen else last + 1]
         self.seen.append((self.training, torch.is_grad_enabled()))
         return self.weight * A.adjoint(y)
 
@@ -126,9 +128,28 @@ def test_evaluate_one_row_per_image_and_the_network_as_it_was():
     x = torch.randn(3, 1, 9, 8, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
     model = Counting().train()
     table = evaluate(model, [batch_of(x), batch_of(x[:1])], progress=False)
-    assert isinstance(table, pd.DataFrame) and list(table) == ["subject", "file", "slice", "psnr", "ssim", "iterations"]
+    names = ["subject", "file", "slice", "psnr", "ssim", "iterations", "relative_step", "converged"]
+    assert isinstance(table, pd.DataFrame) and list(table) == names
     assert len(table) == 4 and table.iterations.tolist() == [1, 1, 1, 2] and (table.psnr > 100).all()
+    assert table.converged.tolist() == [False] * 3 + [True] and table.relative_step.iloc[-1] == pytest.approx(1e-5)
     assert model.seen == [(False, False)] * 2 and model.training and torch.is_grad_enabled()
+
+
+def test_evaluate_gives_the_spectral_radius_of_the_first_images():
+    class Deq(Counting):
+        def radius(self, y, A, x):
+            assert x.shape == (1, 1, 9, 8) and y.shape[0] == 1
+            return 0.9
+
+    x = torch.randn(1, 1, 9, 8, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    table = evaluate(Deq(), [batch_of(x)] * 3, progress=False, radii=2)
+    assert table.spectral_radius.tolist()[:2] == [0.9, 0.9] and table.spectral_radius.isna().tolist() == [
+        False,
+        False,
+        True,
+    ]
+    assert "spectral_radius" not in evaluate(Deq(), [batch_of(x)], progress=False)
+    assert "iterations" not in evaluate(lambda y, A: A.adjoint(y), [batch_of(x)], progress=False, radii=2)
 
 
 def test_evaluate_needs_a_reference():

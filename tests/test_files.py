@@ -71,10 +71,10 @@ def test_readers_see_the_old_or_the_new_file_while_it_is_written(tmp_path):
 
     def write(part: Path) -> None:
         part.write_text("new")
-        assert path.read_text() == "old" and part.suffix == ".txt"
+        assert path.read_text(encoding="utf-8") == "old" and part.suffix == ".txt"
 
     atomic_write(path, write)
-    assert path.read_text() == "new"
+    assert path.read_text(encoding="utf-8") == "new"
 
 
 @pytest.mark.parametrize("content", (b"", b'{"psnr": 3', b"\xff\xfe\x00"))

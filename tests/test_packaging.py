@@ -26,7 +26,11 @@ def settings() -> dict:
 
 @pytest.fixture(scope="module")
 def pins() -> dict[str, Version]:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), (
         "every line is name==version, without a local suffix such as +cpu"
     )
@@ -54,7 +58,7 @@ def test_developers_have_what_slurm_needs(settings):
 
 
 def test_conda_gives_the_same_pins(settings, pins):
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     python = next(entry for entry in environment["dependencies"] if str(entry).startswith("python="))
     assert python == f"python={settings['min_python']}"
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
@@ -74,12 +78,12 @@ def test_versions_agree(settings):
     import spade
 
     assert spade.__version__ == settings["version"]
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == settings["version"] and "2311.02003" in citation["preferred-citation"]["journal"]
 
 
 def test_licence_is_apache_2_in_full():
-    text = (ROOT / "LICENSE").read_text()
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 
 
@@ -153,7 +157,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 
 def test_the_commands_of_the_pages_exist():
     text = "\n".join(blocks("README.md", "bash") + blocks("CONTRIBUTING.md", "bash"))
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"\bmake (\w+)", text))
     assert {"demo", "paper", "test", "lab", "plan"} <= targets
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
@@ -173,5 +177,7 @@ def test_the_readme_is_short_and_speaks_of_configurations():
 def test_ci_runs_the_tests():
     script = ROOT / ".ci" / "run"
     assert (
-        os.access(script, os.X_OK) and "make test" in script.read_text() and "set -euo pipefail" in script.read_text()
+        os.access(script, os.X_OK)
+        and "make test" in script.read_text(encoding="utf-8")
+        and "set -euo pipefail" in script.read_text(encoding="utf-8")
     )

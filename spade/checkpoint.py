@@ -54,8 +54,7 @@ LARGEST = 10**6  # number among the arguments of a network
 def check_argument(value: Any) -> Any:
     """A constructor argument from a file; raises `ValueError` unless it is short and finite."""
     for v in value if isinstance(value, list) else [value]:
-        number = isinstance(v, (int, float))
-        if not (v is None or isinstance(v, str) or (number and abs(v) <= LARGEST)):  # not NaN
+        if not (abs(v) <= LARGEST if isinstance(v, (int, float)) else v is None or isinstance(v, str)):  # not NaN
             raise ValueError(f"Input should be a text, a number up to {LARGEST:,} or a list of them")
     return value
 
@@ -73,7 +72,7 @@ class Description(FrozenSettings):
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c012
 def description_of(model: nn.Module, /, **provenance: Any) -> Description:
-    """The description of `model`, without digest; raises `TypeError` for a provenance that JSON cannot hold."""
+    """The description of `model`, without digest; `TypeError` for a provenance unknown to JSON."""
     config: Any = getattr(model, "config", None) if type(model) in NETWORKS.values() else lambda: None
     facts = {"sha256": "0" * 64, "format": FORMAT, "model": type(model).__name__, "config": config()}
     facts |= {"sizes": layer_sizes(model), "parameters": sum(p.numel() for p in model.parameters())}
@@ -85,7 +84,7 @@ MARK = b'"spade":"{\\"sha256\\":\\"'  # in the header of the file, before the 64
 
 
 def digest_of(content: bytes | bytearray) -> tuple[int, str]:
-    """Where the digest of a checkpoint stands, and what it must be; raises `ValueError` without a place for it."""
+    """Where the digest of a checkpoint stands, and what it must be; `ValueError` without a place."""
     start = content.index(MARK, 8, 8 + int.from_bytes(content[:8], "little")) + len(MARK)
     view = memoryview(content)
     digest = hashlib.sha256(view[:start])
@@ -99,7 +98,7 @@ def checkpoint_path(path: str | Path) -> Path:
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c021
 def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise `ValueError` for NaN in a tensor, or infinity in a parameter; a buffer may hold infinity, as a mask does."""
+    """Raise `ValueError` for NaN in a tensor, or infinity in a parameter; a mask may hold infinity."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in tensors.items():
         check_finite(f"{name!r} {where}", value if name in parameters else value[~value.isinf()])
@@ -144,7 +143,7 @@ def read_description(header: Any, file_path: Path) -> Description:
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c026
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Description]:
-    """Weights and description. Raises FileNotFoundError, or ValueError for a damaged or other file, or a link."""
+    """Weights and description. Raises FileNotFoundError, ValueError for a damaged or other file."""
     file_path = checkpoint_path(path)
     if not file_path.is_file():
         raise FileNotFoundError(f"no checkpoint at {file_path}.")
@@ -225,7 +224,7 @@ def expected_shapes(layer: nn.Module, sizes: Mapping[str, Any]) -> dict[str, tor
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c036
 def difference(name: str, layer: nn.Module, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """What distinguishes a layer of the unpruned network from that of the file; empty if only pruning does."""
+    """What distinguishes an unpruned layer from that of the file; empty if only pruning does."""
     own, kind = layer_sizes(layer).get("", {}), library_class(layer)
     for key in sorted(set(own) ^ set(found)):
         if kind or hasattr(type(layer), key):
@@ -267,7 +266,7 @@ def check_architecture(model: nn.Module, description: Description, tensors: Mapp
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c040
 def set_weights(model: nn.Module, sizes: Sizes, tensors: Mapping[str, Tensor]) -> None:
-    """Set the sizes of each layer of `model` that became smaller, and the values of each parameter and buffer."""
+    """Set the sizes of layers of `model` that became smaller, and all parameters and buffers."""
     layers = dict(model.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
         for key, value in layer_sizes(layer).get("", {}).items():

@@ -53,9 +53,9 @@ def describe(path: str | Path) -> str:
 
 # %% ../nbs/beyond/45_export.ipynb #c011
 def record_operations(module: nn.Module, inputs: tuple[Any, ...], sizes: Any = None) -> ExportedProgram:
-    """The operations of `module(*inputs)` in evaluation mode; `sizes` names axes of any length, as torch.export does.
+    """The operations of `module(*inputs)` in evaluation mode, as torch.export records them.
 
-    Raises ValueError for a module whose operations depend on the values of its inputs."""
+    `sizes` names the axes of any length. Raises ValueError for operations that depend on the values of the inputs."""
     try:
         with evaluating(module), torch.no_grad(), redirect_stderr(io.StringIO()):  # PyTorch prints the failed graph
             return torch.export.export(module, inputs, dynamic_shapes=sizes)
@@ -66,7 +66,7 @@ def record_operations(module: nn.Module, inputs: tuple[Any, ...], sizes: Any = N
 
 # %% ../nbs/beyond/45_export.ipynb #c013
 def export_onnx(cnn: nn.Module, example: Tensor, path: str | Path) -> Path:
-    """Write a real-valued CNN as ONNX, atomically; it takes batches and images of other sizes than `example`, too.
+    """Write a real-valued CNN as ONNX, atomically, for batches and images of any size.
 
     Needs the packages onnx and onnxscript. Raises ValueError for a CNN whose operations depend on values."""
     sizes = {axis: Dim.AUTO for axis in (0, *range(2, example.ndim))}
@@ -90,8 +90,8 @@ class WithOperator(nn.Module):
 
 
 def export_program(model: nn.Module, y: Tensor, A: nn.Module, path: str | Path) -> Path:
-    """Write the operations of `model(y, A)` for `torch.export.load`; call it with `y` and `A.state_dict()`.
+    """Write the operations of `model(y, A)`, atomically, for `torch.export.load`.
 
-    The program takes tensors of these shapes. Raises ValueError as `record_operations`."""
+    The program takes `y` and `A.state_dict()`, tensors of these shapes. Raises ValueError as `record_operations`."""
     program = record_operations(WithOperator(model, A), (y, dict(A.state_dict())))
     return atomic_write(path, lambda part: torch.export.save(program, part))

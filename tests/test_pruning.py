@@ -7,12 +7,22 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 from torch import nn
 
 from spade.checkpoint import load, save
 from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import MultiCoilMRI
-from spade.pruning import count_macs, count_parameters, prune, width_after
+from spade.pruning import (
+    PRUNABLE,
+    count_macs,
+    count_parameters,
+    group_l1,
+    label_channels,
+    layer_groups,
+    prune,
+    width_after,
+)
 
 RATIOS = (0.05, 0.10, 0.20, 0.40)
 COUNTS = {
@@ -249,8 +259,10 @@ def test_ratio_outside_0_1(net, ratio):
 
 
 def test_ratio_that_would_empty_a_layer(net):
-    with pytest.raises(ValueError, match="leaves none of the 6 channels of layer 'up'"):
-        prune(net, 0.85, priors(net))
+    report = prune(net, 0.85, priors(net)).pruning_report  # 1 of 8 and of 10 channels stay, 0 of 6 would
+    assert report.kept == {"tail": "in ignored_layers", "up": "ratio 0.85 leaves none of its 6 channels"}
+    with pytest.raises(ValueError, match="'up': ratio 0.99 leaves none of its 6 channels"):
+        prune(net, 0.99, priors(net))
 
 
 def test_group_norm_that_does_not_divide():
@@ -258,8 +270,10 @@ def test_group_norm_that_does_not_divide():
     triple = [(net, torch.zeros(1, 2, 4, 4), [net[2]])]
     assert prune(net, 0.10, triple)[1].num_channels == 12  # 14 by the rule, which 4 groups do not divide
     assert prune(net, 0.25, triple)[1].num_channels == 12
-    with pytest.raises(ValueError, match="no width of layer '0' that GroupNorm.* can divide evenly"):
-        prune(net, 0.80, triple)
+    assert prune(net, 0.80, triple)[1].num_channels == 4  # 3 by the rule, and no smaller width is even
+    single = nn.Sequential(nn.Conv2d(2, 8, 1), nn.GroupNorm(8, 8), nn.Conv2d(8, 2, 1))
+    with pytest.raises(ValueError, match="'0': GroupNorm.8, 8, .* has no smaller width that it can divide evenly"):
+        prune(single, 0.40, [(single, torch.zeros(1, 2, 4, 4), [single[2]])])
 
 
 def test_group_norm_behind_a_concatenation():
@@ -312,7 +326,11 @@ def test_model_without_priors(net):
             TypeError,
             "ignored_layers of a Skips .* must be a list of modules or of their names, got .'tail', 3.",
         ),
-        (lambda net, x: [(net, x, x)], TypeError, "ignored_layers of a Skips .* must be a list of modules or.*, got tensor"),
+        (
+            lambda net, x: [(net, x, x)],
+            TypeError,
+            "ignored_layers of a Skips .* must be a list of modules or.*, got tensor",
+        ),
     ],
 )
 def test_mistyped_priors_are_one_sentence(net, make_priors, error, message):
@@ -366,9 +384,10 @@ def test_a_kept_layer_keeps_all_that_are_added_to_it(net):
     )
 
 
-def test_forgotten_output_layer(net):
-    with pytest.raises(ValueError, match="layer 'tail': its output changes from .* add 'tail' to ignored_layers"):
-        prune(net, 0.40, [(net, torch.randn(1, 2, 8, 8), [])])
+def test_a_forgotten_output_layer_keeps_its_width(net):
+    student = prune(net, 0.40, [(net, torch.randn(1, 2, 8, 8), [])])
+    assert student.pruning_report.kept == {"tail": "its channels are an output"}
+    assert student.pruning_report.groups == prune(net, 0.40, priors(net)).pruning_report.groups
 
 
 def test_in_place_activations_hide_nothing():
@@ -410,7 +429,7 @@ def test_an_activation_with_one_weight_for_all_channels(tmp_path):
         torch.tensor(student.pruning_report.groups[0].scores), expected.float()
     )  # the activation is no filter
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(load(save(student, tmp_path / "student"), cnn)(x), student(x))
+    assert torch.equal(load(save(student, tmp_path / "student"), build=lambda: chain(nn.PReLU())[0])(x), student(x))
 
 
 def test_depthwise_transposed_convolution():
@@ -444,8 +463,11 @@ def test_cnns_that_share_layers_are_not_cut_twice(net):
 def test_one_parameter_of_two_layers_is_not_parted():
     cnn, named = chain(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
     cnn[4].weight = cnn[2].weight
-    with pytest.raises(ValueError, match="'4.weight' and '2.weight' are one parameter of two layers"):
+    with pytest.raises(ValueError, match="'2': another layer has the same weights"):
         prune(cnn, 0.25, named)
+    wide = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 3, 1), cnn)
+    student = prune(wide, 0.25, [(wide, named[0][1], [cnn[-1]])])  # only those outside of them are cut
+    assert student[4][2].weight is student[4][4].weight and student[0].out_channels == student[2].out_channels == 6
     used_twice = nn.Sequential(cnn[0], cnn[2], nn.ReLU(), cnn[2], cnn[6])
     student = prune(used_twice, 0.25, [(used_twice, named[0][1], [cnn[6]])])
     assert student[1] is student[3] and student[1].out_channels == 6
@@ -463,10 +485,11 @@ def test_a_cnn_of_several_outputs_keeps_them_all(net):
 
 def test_what_breaks_by_the_cut_is_one_sentence():
     cnn, named = chain(nn.LayerNorm([8, 16, 16]))
-    with pytest.raises(ValueError, match="layer '0': it does not run after the cut .*; no layer can be cut"):
+    with pytest.raises(ValueError, match="no layer can be cut .'0': '1' normalises several axes"):
         prune(cnn, 0.25, named)
 
 
+@pytest.mark.filterwarnings("ignore:relative step of the DEQ")  # three iterations
 @pytest.mark.parametrize("network", [DEQ, VarNet, E2EVarNet])
 def test_pruned_networks_reconstruct(tmp_path, network):
     arguments = (
@@ -488,3 +511,35 @@ def test_pruned_networks_reconstruct(tmp_path, network):
             and x_hat.abs().max() > 0
         )
         assert torch.equal(load(save(student, tmp_path / "student"))(y, A), x_hat)
+
+
+@pytest.mark.parametrize(
+    "network", [lambda: DEQ(features=16, num_blocks=3), lambda: VarNet(1, channels=6, num_pools=3)]
+)
+def test_groups_are_those_of_torch_pruning(network):
+    """DepGraph of Torch-Pruning, which the paper uses, finds the same layers and the same eq. 6."""
+    cnn, example, ignored = next(iter(network().priors()))
+    channels = label_channels(cnn, (example,) if isinstance(example, torch.Tensor) else tuple(example))
+    ours = {frozenset(m.name for m in members): members for members, _, why in layer_groups(channels) if not why}
+    graph = tp.DependencyGraph().build_dependency(cnn, example)
+    theirs = list(graph.get_all_groups(ignored_layers=list(ignored), root_module_types=list(PRUNABLE)))
+    names, importance = dict(cnn.named_modules()), tp.importance.GroupMagnitudeImportance(p=1, normalizer=None)
+    assert len(ours) == len(theirs) > 3
+    for group in theirs:
+        members = ours[frozenset(n for dep, _ in group if (n := graph._module2name.get(dep.target.module)) in names)]
+        expected = importance(group).double().sort().values
+        assert torch.allclose(group_l1(members, len(expected)).sort().values, expected, rtol=1e-4)
+
+
+def test_layers_by_name_and_other_ratios(net):
+    by_name = prune(net, 0.40, [(net, torch.randn(1, 2, 8, 8), ["ta*"])])
+    assert by_name.pruning_report.groups == prune(net, 0.40, priors(net)).pruning_report.groups
+    model = Foreign()
+    student = prune(model, 0.40, priors(model), ignored_layers=["cnn.inn*"], ratios={"cnn.up": 0.5, "cnn.head": 0.2})
+    assert (student.cnn.inner.out_channels, student.cnn.up.out_channels, student.cnn.head.out_channels) == (8, 3, 8)
+    assert prune(model, 0.40, priors(model), ratios={"cnn": 0.2, "*.up": 0.1}).cnn.up.out_channels == 5  # the smaller
+    for arguments in (dict(ignored_layers=["cnn.tial"]), dict(ratios={"cnn.tial": 0.2})):
+        with pytest.raises(ValueError, match="a layer of Foreign must have a name such as .*, got 'cnn.tial'"):
+            prune(model, 0.40, priors(model), **arguments)
+    with pytest.raises(ValueError, match="between 0 and 1, both excluded, got 2"):
+        prune(model, 0.40, priors(model), ratios={"cnn": 2})

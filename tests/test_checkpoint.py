@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import zoo
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,7 +22,7 @@ import spade.checkpoint
 from spade.checkpoint import MARK, digest_of, layer_sizes, load, read_checkpoint, save
 from spade.models import DEQ, E2EVarNet, USRNet, VarNet
 from spade.operators import MultiCoilMRI, normalize_maps
-from spade.pruning import prune
+from spade.pruning import count_parameters, prune
 from spade.random_baseline import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:relative step of the DEQ")  # untrained, with four iterations
@@ -324,18 +325,23 @@ def forge(path: Path, change, tensors=None) -> None:
     path.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def thin_varnet():
+    return prune(make("VarNet"), 0.40)
+
+
 @pytest.fixture
-def saved(tmp_path):
-    return save(prune(make("VarNet"), 0.40), tmp_path / "m", seed=1)
+def saved(tmp_path, thin_varnet):
+    return save(thin_varnet, tmp_path / "m", seed=1)
 
 
 def refused(path: Path, build=None) -> str:
-    """The one sentence of `load`; it takes less than a second and less than 50 MB."""
-    process, began = psutil.Process(), time.perf_counter()
+    """The one sentence of `load`; it takes less than 3 s of computing and less than 50 MB."""
+    process, began = psutil.Process(), time.process_time()
     before = process.memory_info().rss
     with pytest.raises(ValueError) as caught:
         load(path, build)
-    assert time.perf_counter() - began < 3 and process.memory_info().rss - before < 50e6
+    assert time.process_time() - began < 3 and process.memory_info().rss - before < 50e6
     message = str(caught.value)
     assert type(caught.value) is ValueError and "m.safetensors" in message and message.endswith(".")
     assert "\n" not in message and len(message) < 500
@@ -460,12 +466,12 @@ def test_no_argument_of_a_network_makes_loading_slow(tmp_path, name):
         for value in (10**6, [10**6] * 4 if isinstance(old, list) else 10**5):
             path = save(model, tmp_path / "m")
             forge(path, put("config", key, value=value))
-            began = time.perf_counter()
+            began = time.process_time()
             try:  # accepted where it is no size, such as max_iterations
                 assert sum(p.numel() for p in load(path).parameters()) == sum(p.numel() for p in model.parameters())
             except ValueError as error:
                 assert str(path) in str(error)
-            assert time.perf_counter() - began < 3, key
+            assert time.process_time() - began < 3, key
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -556,3 +562,31 @@ def test_all_state_of_the_networks_is_in_their_state_dict():
     for name in NETWORKS:  # `load` builds them without memory
         model = make(name)
         assert {n for n, _ in (*model.named_parameters(), *model.named_buffers())} == set(model.state_dict())
+
+
+ZOO = [
+    "U-Net, group(4) norm",
+    "WDSR x2 (weight norm)",
+    "IMDN (split by stored sizes)",
+    "NAFNet",
+    "ShuffleNet (channel shuffle)",
+    "ResNeXt (grouped convolutions)",
+    "time embedding by a table",
+    "FNO (complex spectral weights)",
+    "LSTM over frames",
+    "SwinIR (window attention)",
+    "Transformer encoder (ViT)",
+    "unrolled cascade (untied)",
+]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_everything_that_prune_changes_is_saved(tmp_path, name):
+    build = zoo.ZOO[name][0]
+    torch.manual_seed(0)
+    model, inputs = build()
+    thin = prune(model.eval(), 0.40, inputs=inputs).eval()
+    back = load(save(thin, tmp_path / "m"), build=lambda: build()[0])
+    for expected, found in zip(zoo.outputs(thin, inputs), zoo.outputs(back, inputs), strict=True):
+        assert torch.equal(expected, found)
+    assert widths(back) == widths(thin) and count_parameters(back) < count_parameters(model)

@@ -403,7 +403,7 @@ def make_strategy(
     own = name is None and teacher is None and callable(settings.get("loss"))
     if call is not None and (own or not callable(call)):
         raise TypeError(f"call must be a function (model, batch), or None with loss(model, batch), got {call!r:.60}.")
-    name = name or "school"
+    name = "school" if name is None else name
     allowed = ("loss",) if own else ALLOWED_SETTINGS[choose("strategy", name, STRATEGIES)]
     loss = settings.get("loss", "equivariant" if name == "self-supervised" else smooth_l1)
     if name == "self-supervised":

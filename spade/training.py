@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Whole', 'Real', 'Count', 'Positive', 'Ratio', 'Kind', 'LossName', 'not_bool', 'FrozenSettings', 'setting_error',
-           'read_settings', 'Training', 'scheduled_rate', 'as_batch', 'as_loader', 'seeded_batches', 'epoch_batches',
-           'batch_stream', 'named_tensors', 'Loop']
+           'read_settings', 'Training', 'scheduled_rate', 'as_batch', 'named_tensors', 'as_loader', 'seeded_batches',
+           'epoch_batches', 'batch_stream', 'Loop']
 
 # %% ../nbs/08_finetuning.ipynb #c004
 import math
@@ -125,6 +125,20 @@ def as_batch(value: Any) -> Any:
     expected = "Batch(y, A, x, info) or pairs (input, target)"
     raise TypeError(f"data must yield {expected}, got a {type(value).__name__}{length}.")
 
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a batch, module, tuple or dictionary with their names, such as `A.maps`."""
+    inner: Any = value if isinstance(value, dict) else {}
+    if isinstance(value, Tensor):
+        yield {"y": "measurement y", "x": "reference x"}.get(name, name), value
+    elif isinstance(value, nn.Module):
+        inner = dict((*value.named_parameters(), *value.named_buffers()))
+    elif isinstance(value, (tuple, list)):
+        inner = dict(zip(getattr(value, "_fields", range(len(value))), value))
+        inner.pop("info", None)  # of a batch
+    for key, part in inner.items():
+        yield from named_tensors(part, f"{name}.{key}".removeprefix("."))
+
 # %% ../nbs/08_finetuning.ipynb #c027
 def as_loader(data: Any, batch_size: int = 1, seed: int = 0, num_workers: int = 0) -> Any:
     """A dataset with `bucket` and `collate` as a shuffled loader; batches as they are."""
@@ -174,19 +188,6 @@ def batch_stream(data: Any, first: int, per_epoch: int | None, seed: int, rank: 
         epoch, start, unread = epoch + 1, 0, max(unread - number, 0)
 
 # %% ../nbs/08_finetuning.ipynb #c041
-def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in `value` (modules, tuples, dictionaries) with their names, such as `A.maps`."""
-    if isinstance(value, Tensor):
-        yield name, value
-    inner: Any = value if isinstance(value, dict) else {}
-    if isinstance(value, nn.Module):
-        inner = dict((*value.named_parameters(), *value.named_buffers()))
-    elif isinstance(value, (tuple, list)):
-        inner = dict(zip(getattr(value, "_fields", range(len(value))), value))
-    for key, part in inner.items():
-        yield from named_tensors(part, f"{name}.{key}".removeprefix("."))
-
-# %% ../nbs/08_finetuning.ipynb #c044
 class Loop:
     """A model, its optimizer, and one update of it."""
 
@@ -219,7 +220,7 @@ class Loop:
         if self.strategy.any_batch:
             return value
         batch = as_batch(value)
-        for name, tensor in named_tensors({"measurement y": batch.y, "reference x": batch.x}):
+        for name, tensor in named_tensors(batch._replace(A=None)):
             if not tensor.numel():
                 raise ValueError(f"{name} must hold at least one image, got shape {tuple(tensor.shape)}.")
         return batch if self.strategy.needs_ground_truth else batch._replace(x=None)
@@ -253,6 +254,9 @@ class Loop:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip or math.inf)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"The loss is {loss}.")
+            for name, tensor in (n for b in batches if loss == 0 for n in named_tensors(b)):
+                if name == "measurement y":
+                    check_values(tensor, nn.Identity())  # too small for the precision?
             if not torch.isfinite(norm) and self.accelerator.scaler is None:  # the scaler of fp16 skips such an update
                 raise FloatingPointError(f"The gradient is not finite, the loss is {loss:.3g}.")
         except (FloatingPointError, RuntimeError, TypeError, ValueError) as error:
@@ -283,15 +287,13 @@ class Loop:
 
     def check(self, batch: Any, diverged: bool) -> None:
         """Raise for numbers that are not finite or, after a divergence, for images of zeros or in another unit."""
-        weights, parts = self.parameters[0].dtype.to_real(), batch
-        if not self.strategy.any_batch:
-            parts = {"measurement y": batch.y, "A": batch.A, "reference x": batch.x}
-        for name, tensor in named_tensors(parts):
+        weights = self.parameters[0].dtype.to_real()
+        for name, tensor in named_tensors(batch):
             check_finite(name, tensor)
             kind = tensor.dtype.to_real() if tensor.is_floating_point() or tensor.is_complex() else weights
             if kind != weights and not diverged:
                 raise TypeError(f"{name} must have the precision of the network's weights, {weights}, got {kind}")
-            if name == "measurement y" and diverged:
+            if name == "measurement y" and diverged and tensor.ndim > 1:
                 if not tensor.flatten(1).any(1).all():
                     raise ValueError(f"{name} must not be zero everywhere, got such an image")
                 check_values(tensor, nn.Identity())

@@ -283,7 +283,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
     fitted(2, folder=tmp_path)
     file = tmp_path / "training.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="training.safetensors is not a training state"):
+    with pytest.raises(ValueError, match="training.safetensors is damaged or not a training state"):
         fitted(4, folder=tmp_path)
 
 
@@ -299,7 +299,7 @@ def test_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         fitted(4, folder=tmp_path)
     assert (tmp_path / "training.safetensors").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["training.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.csv", "training.safetensors"]
 
 
 class Poisoned(Strategy):
@@ -665,7 +665,7 @@ def test_finetune_hands_every_setting_to_the_strategy_and_refuses_those_of_anoth
 
     choices = dict(rotations="right", rotate_maps=True, weight=0.5, detach=True, flips=True)
     assert {name: kept(**choices)[name] for name in choices} == choices and "flips" not in kept(rotations="right")
-    with pytest.raises(ValueError, match="unknown setting of strategy self-supervised 'loss': choose one of rotations"):
+    with pytest.raises(ValueError, match="unknown loss of strategy self-supervised 'l1': choose one of fidelity"):
         finetune(tiny(), batches(2), "self-supervised", loss="l1", steps=1)
     with pytest.raises(
         ValueError, match="unknown setting of strategy school 'rotations': choose one of loss, remember"
@@ -873,7 +873,7 @@ def test_fewer_steps_than_were_done_are_refused(tmp_path):
 
 
 def test_a_score_there_is_none_of():
-    with pytest.raises(ValueError, match="validate must be a function .* if keep_best=True, got None"):
+    with pytest.raises(ValueError, match="validate must be a function .* for keep_best and patience, got None"):
         fit(tiny(), 2, keep_best=True)
     with pytest.raises(ValueError, match="validate must return a number, got NaN after step 1"):
         fit(tiny(), 2, validate=lambda model: math.nan, validate_every=1)
@@ -1136,3 +1136,278 @@ def test_accumulated_batches_are_one_large_batch(strategy):
     for end, losses in ends[1:]:
         assert torch.allclose(end, ends[0][0], atol=2e-6) and torch.allclose(losses, ends[0][1], rtol=1e-5)
     assert not torch.allclose(ends[0][0], weights(plain_cnn()), atol=1e-3)
+
+
+# Records, patience, damaged states
+
+
+def curve(folder: Path) -> list[list[str]]:
+    return [line.split(",") for line in (folder / "curve.csv").read_text().splitlines()]
+
+
+def test_the_curve_grows_with_every_update(tmp_path):
+    lines, rows = [], []
+
+    def watch(row):
+        rows.append(row)
+        lines.append(curve(tmp_path)[-1])
+
+    log = fit(tiny(), 4, folder=tmp_path, validate=lambda m: 1.5, validate_every=2, callback=watch)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] == [int(line[0]) for line in lines]
+    assert [row["loss"] for row in rows] == log.losses == [float(line[1]) for line in lines]
+    assert [row["learning_rate"] for row in rows] == log.learning_rates
+    assert [row["validation"] for row in rows] == [None, 1.5, None, 1.5]
+    assert [line[4] for line in lines] == ["", "1.5", "", "1.5"]
+    assert curve(tmp_path)[0] == ["step", "loss", "learning_rate", "seconds", "validation"]
+    assert len(curve(tmp_path)) == 5
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    fit(tiny(), 2, callback=rows.append)
+    assert len(rows) == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_leaves_each_step_once_in_the_curve(tmp_path):
+    process = start(tmp_path, pause=0.2)
+    wait_for_checkpoint(tmp_path, process)
+    time.sleep(0.3)  # past a checkpointed step
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with (tmp_path / "curve.csv").open("a") as file:
+        file.write("99,0.1")  # a line that was cut short
+    log = fit(tiny(), 12, folder=tmp_path)
+    lines = curve(tmp_path)[1:]
+    assert [int(line[0]) for line in lines] == list(range(1, 13)) and 0 < log.resumed_at < 12
+    assert [float(line[1]) for line in lines] == log.losses
+
+
+def events(folder: Path, name: str) -> dict[int, float]:
+    """The scalars of a TensorBoard folder, read as TensorBoard does; a step given twice is a fault."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "training")).Reload().Scalars(name)
+    assert len({event.step for event in found}) == len(found)
+    return {event.step: event.value for event in found}
+
+
+def test_tensorboard_has_each_step_once_after_a_kill(tmp_path):
+    pytest.importorskip("tensorboard")
+
+    class Killed(Exception):
+        pass
+
+    def kill(row):
+        if row["step"] == 5:
+            raise Killed
+
+    settings = dict(folder=tmp_path, log_with="tensorboard", checkpoint_every=3, validate=lambda m: 2.0)
+    with pytest.raises(Killed):  # two steps after the last state
+        fit(tiny(), 8, validate_every=2, callback=kill, **settings)
+    assert list(events(tmp_path, "loss")) == [1, 2, 3, 4, 5]
+    model = tiny()
+    log = fit(model, 8, validate_every=2, **settings)
+    assert log.resumed_at == 3 and torch.equal(weights(model), fitted(8))
+    assert events(tmp_path, "loss") == pytest.approx(dict(enumerate(log.losses, 1)))
+    assert list(events(tmp_path, "validation")) == [2, 4, 6, 8] and len(events(tmp_path, "learning_rate")) == 8
+
+
+def test_a_tracker_that_is_not_there(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"log_with must be an installed tracker, here .*, got 'tensorbord' and folder="
+    ):
+        fit(tiny(), 1, log_with="tensorbord", folder=tmp_path)
+    with pytest.raises(ValueError, match=r"with a folder for its files, got 'tensorboard' and folder=None"):
+        fit(tiny(), 1, log_with="tensorboard")
+
+
+def scored(model, steps, scores, **settings):
+    given = iter(scores)
+    return fit(model, steps, validate=lambda m: next(given), validate_every=1, **settings)
+
+
+def test_patience_ends_the_training_when_validation_is_no_longer_better():
+    model = tiny()
+    log = scored(model, 20, [1.0, 3.0, 3.0, 2.0, 9.0], patience=2)  # equal is not better
+    assert log.steps == 4 and torch.equal(weights(model), fitted(4))
+    best = tiny()
+    log = scored(best, 20, [1.0, 3.0, 2.5, 2.0, 9.0], patience=2, keep_best=True)
+    assert log.steps == 4 and log.best_step == 2 and torch.equal(weights(best), fitted(2))
+    assert scored(tiny(), 5, [1.0, 2.0, 3.0, 4.0, 5.0], patience=1).steps == 5
+    with pytest.raises(ValueError, match="validate must be a function .* for keep_best and patience, got None"):
+        fit(tiny(), 2, patience=1)
+    with pytest.raises(ValueError, match="patience must be greater than or equal to 1, got 0"):
+        fit(tiny(), 2, patience=0)
+
+
+def test_patience_belongs_to_the_run_and_what_it_ended_stays_ended(tmp_path):
+    scored(tiny(), 2, [1.0, 3.0], patience=2, folder=tmp_path)
+    log = scored(tiny(), 20, [2.0, 2.5, 9.0], patience=2, folder=tmp_path)
+    assert (log.resumed_at, log.steps) == (2, 4)
+    model = tiny()
+    again = scored(model, 20, [], patience=2, folder=tmp_path)
+    assert (again.resumed_at, again.steps) == (4, 4) and torch.equal(weights(model), fitted(4))
+    with pytest.raises(ValueError, match="patience was 2 and is now 3"):
+        scored(tiny(), 20, [9.0], patience=3, folder=tmp_path)
+    with pytest.raises(ValueError, match="validate_every was 1 and is now 2"):
+        fit(tiny(), 20, validate=lambda m: 1.0, validate_every=2, patience=2, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(call=lambda: residual, strategy="supervised"),
+        dict(call=lambda: residual, strategy="school"),
+        dict(loss=lambda: own_loss),
+        dict(loss=lambda: own_loss, accumulate=2, clip=0.1),
+    ],
+)
+def test_networks_of_others_resume_bit_by_bit(tmp_path, settings):
+    def run(steps, folder):
+        model, chosen = Conditioned(), {k: v() if callable(v) else v for k, v in settings.items()}
+        school = chosen.get("strategy") == "school"
+        tune(model, data, teacher=Conditioned() if school else None, folder=folder, steps=steps, **chosen)
+        return weights(model)
+
+    data = [((y, 0.1), x) for y, x in pairs()]
+    undisturbed = run(7, tmp_path / "a")
+    run(4, tmp_path / "b")
+    assert torch.equal(run(7, tmp_path / "b"), undisturbed)
+
+
+def own_loss(model, batch):
+    (x, sigma), target = batch
+    return (model(x, sigma) - target).abs().mean()
+
+
+def test_call_and_loss_belong_to_the_run(tmp_path):
+    data = [((y, 0.1), x) for y, x in pairs()]
+    tune(Conditioned(), data, "supervised", folder=tmp_path / "call", call=residual)
+    with pytest.raises(ValueError, match="call was 'residual' and is now None"):
+        tune(Conditioned(), data, "supervised", folder=tmp_path / "call")
+    with pytest.raises(ValueError, match="call must be a function with a name if folder is given, got"):
+        tune(Conditioned(), data, "supervised", folder=tmp_path, call=lambda model, batch: model(*batch.y))
+    tune(Conditioned(), data, folder=tmp_path / "own", loss=own_loss)
+    with pytest.raises(ValueError, match="strategy was 'own' and is now 'supervised'"):
+        tune(Conditioned(), data, "supervised", folder=tmp_path / "own")
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def test_every_flipped_bit_of_a_state_is_noticed(tmp_path):
+    fitted(2, folder=tmp_path)
+    file = tmp_path / "training.safetensors"
+    content = file.read_bytes()
+    g = torch.Generator().manual_seed(0)
+    bits = [*range(0, 8 * 400, 7), *torch.randint(8 * len(content), (300,), generator=g).tolist()]
+    for bit in bits:
+        flip(file, bit)
+        with pytest.raises(ValueError, match="training.safetensors is damaged or not a training state .* Remove it"):
+            spade.finetuning.read_state(file)
+        file.write_bytes(content)
+    assert spade.finetuning.read_state(file)[1]["log"]["losses"]
+
+
+def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path):
+    fitted(4, folder=tmp_path, checkpoint_every=2)
+    file, previous = tmp_path / "training.safetensors", tmp_path / "training.previous.safetensors"
+    flip(file, -4000)
+    with pytest.warns(UserWarning, match="training.safetensors is damaged .* training.previous.safetensors, is used"):
+        assert torch.equal(fitted(8, folder=tmp_path, checkpoint_every=3), fitted(8))
+    assert steps_done(tmp_path) == 8 and len(spade.finetuning.read_state(previous)[1]["log"]["losses"]) == 6
+    file.unlink()  # a kill between two renamings
+    assert torch.equal(fitted(9, folder=tmp_path), fitted(9))
+    flip(file, -4000)
+    flip(previous, -4000)
+    with pytest.raises(ValueError, match="previous.safetensors is damaged or not a training state"):
+        fitted(9, folder=tmp_path)
+
+
+def test_a_damaged_state_never_replaces_the_one_before_it(tmp_path, monkeypatch):
+    fitted(4, folder=tmp_path, checkpoint_every=2)
+    flip(tmp_path / "training.safetensors", -4000)
+    monkeypatch.setattr(spade.finetuning.Loop, "update", lambda *_: 0.0)
+    with pytest.warns(UserWarning, match="is damaged"):
+        fitted(5, folder=tmp_path, checkpoint_every=5)
+    assert len(spade.finetuning.read_state(tmp_path / "training.previous.safetensors")[1]["log"]["losses"]) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"PK\3\4 something else", bytes(1000)])
+def test_another_file_is_not_a_training_state(tmp_path, content):
+    (tmp_path / "training.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="training.safetensors is damaged or not a training state"):
+        fitted(2, folder=tmp_path)
+
+
+def test_a_network_file_is_not_a_training_state(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(tiny().state_dict(), tmp_path / "training.safetensors", metadata={"training": "{}"})
+    with pytest.raises(ValueError, match="training.safetensors is damaged or not a training state"):
+        fitted(2, folder=tmp_path)
+
+
+# Data that a network of others cannot take
+
+
+@pytest.mark.parametrize(
+    "change, kind, said",
+    [
+        (
+            lambda y, x: (y.double(), x),
+            TypeError,
+            "measurement y must have the precision .*torch.float32, got torch.float64",
+        ),
+        (
+            lambda y, x: (y[:0], x[:0]),
+            ValueError,
+            r"measurement y must hold at least one image, got shape \(0, 2, 16, 16",
+        ),
+        (lambda y, x: (y, x[:0]), ValueError, r"reference x must hold at least one image, got shape \(0, 2, 16, 16"),
+        (lambda y, x: (y * 1e30, x), ValueError, "measurement y must be scaled to a maximum near 1"),
+        (lambda y, x: (y, x[0]), ValueError, "reference x must have shape and kind of the reconstruction"),
+        (lambda y, x: (y, x[:, :1]), ValueError, "reference x must have shape and kind of the reconstruction"),
+        (lambda y, x: (y / 0, x), ValueError, "measurement y must be finite, got NaN or infinity in 512 of 512"),
+        (lambda y, x: (y, x * math.nan), ValueError, "reference x must be finite, got NaN or infinity in 512 of 512"),
+    ],
+)
+@pytest.mark.parametrize("loss", ["squared_error", "ssim"])
+def test_data_that_do_not_fit_are_named(change, kind, said, loss):
+    model = plain_cnn()
+    with pytest.raises(kind, match=said) as raised:
+        tune(model, [change(*pairs()[0])], "supervised", loss=loss)
+    assert "learning_rate" not in str(raised.value) and torch.equal(weights(model), weights(plain_cnn()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_networks_are_not_trained(dtype):
+    said = f"model must have float32 or float64 weights to be trained, got {dtype}: use model.float"
+    with pytest.raises(TypeError, match=said):
+        tune(plain_cnn().to(dtype), [(y.to(dtype), x.to(dtype)) for y, x in pairs()], "supervised")
+
+
+def test_double_networks_and_double_data():
+    model = plain_cnn().double()
+    log = tune(model, [(y.double(), x.double()) for y, x in pairs()], "supervised", loss="squared_error")
+    single = tune(plain_cnn(), pairs(), "supervised", loss="squared_error")
+    assert log.losses == pytest.approx(single.losses, rel=1e-5) and model[0].weight.dtype == torch.float64
+    double = tune(plain_cnn(), [(y, x.double()) for y, x in pairs()], "supervised", loss="squared_error")
+    assert double.losses == pytest.approx(single.losses, rel=1e-5)  # a reference may have another precision
+
+
+def test_a_measurement_too_small_for_its_precision_is_named():
+    class Power(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, y):
+            return self.gain * y.square()
+
+    with pytest.raises(ValueError, match="measurement y must be scaled to a maximum near 1, .* got a maximum of"):
+        tune(Power(), [(1e-30 * y, 0 * x) for y, x in pairs()], "supervised")

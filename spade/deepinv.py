@@ -108,7 +108,7 @@ class FromDeepInverse(nn.Module):
             from_channels(self.model(as_channels(y, coils=True), physics)) if y.is_complex() else self.model(y, physics)
         )
 
-# %% ../nbs/beyond/41_deepinv.ipynb #c033
+# %% ../nbs/beyond/41_deepinv.ipynb #c034
 class ForDeepInverse(Reconstructor):
     """A network `model(y, A)` as `model(y, physics)` of DeepInverse; MRI in two channels, others as they are."""
 

@@ -17,9 +17,9 @@ from spade.deepinv import (  # noqa: E402
     OperatorPhysics,
     PhysicsOperator,
     as_channels,
-    from_channels,
     as_operator,
     as_physics,
+    from_channels,
 )
 from spade.examples import brain  # noqa: E402
 from spade.losses import data_fidelity  # noqa: E402
@@ -70,6 +70,7 @@ PHYSICS = {
     "MRI with weights": lambda: (deepinv.physics.MRI(mri_mask() * 0.5), (1, 2, 12, 10)),
     "MRI of volumes": lambda: (deepinv.physics.MRI(torch.ones(1, 2, 3, 6, 5), three_d=True), (1, 2, 3, 6, 5)),
     "Inpainting": lambda: (deepinv.physics.Inpainting((1, 12, 10), mask=0.6), (2, 1, 12, 10)),
+    "BlurFFT": lambda: (deepinv.physics.BlurFFT((1, 12, 10), torch.rand(1, 1, 3, 3) / 9), (1, 1, 12, 10)),
     "Blur": lambda: (deepinv.physics.Blur(torch.rand(1, 1, 3, 3) / 9, padding="circular"), (1, 1, 12, 10)),
     "Downsampling": lambda: (deepinv.physics.Downsampling((3, 12, 12), filter="gaussian", factor=2), (1, 3, 12, 12)),
     "Tomography": lambda: (deepinv.physics.Tomography(8, 16, normalize=True), (1, 1, 16, 16)),
@@ -106,7 +107,8 @@ def test_the_truth_fits_its_measurement_exactly(name):
     x = from_channels(image) if isinstance(A, MultiCoilMRI) else image
     assert data_fidelity(x, A(x), A) == 0
     if name != "BlurDownsample":  # as operator that of this package, which has no noise
-        assert data_fidelity(image, physics.A(image), PhysicsOperator(physics)) == 0
+        for operator in (physics, PhysicsOperator(physics)):
+            assert data_fidelity(image, physics.A(image), operator) == 0
         assert not torch.equal(physics(image), physics.A(image))
 
 
@@ -221,7 +223,11 @@ def test_its_networks_are_pruned_exactly(name, small):
     with torch.no_grad():
         expected = network(as_channels(y, coils=True), as_physics(A))
         assert torch.equal(teacher(y, A), from_channels(expected)), "the wrapper changes nothing"
-    student = spade.prune(teacher, 0.4, priors=priors_of(teacher)).eval()
+    student = spade.prune(teacher, 0.4, inputs=(y, A)).eval()
+    named = spade.prune(teacher, 0.4, priors=priors_of(teacher))
+    assert all(
+        torch.equal(a, b) for a, b in zip(student.state_dict().values(), named.state_dict().values(), strict=True)
+    )
     expected = {2: 2, 10: 6, 20: 12, 30: 18}  # floor(0.6 width); the image keeps its two channels
     assert widths(student) == [(expected[a], expected[b]) for a, b in widths(teacher)] and 6 in sum(widths(student), ())
     with torch.no_grad():

@@ -132,7 +132,7 @@ def multicoil(coils=3, height=24, width=20):
 
 
 def fastmri_varnet():
-    return load("fastmri.models").VarNet(num_cascades=2, sens_chans=4, sens_pools=2, chans=6, pools=2), "unet"
+    return load("fastmri.models").VarNet(num_cascades=2, sens_chans=4, sens_pools=2, chans=6, pools=2), "sens_net"
 
 
 def monai_varnet():
@@ -140,7 +140,9 @@ def monai_varnet():
     part = lambda features: load(nets + "complex_unet").ComplexUnet(2, features, pad_factor=16)
     sensitivity = load(nets + "coil_sensitivity_model").CoilSensitivityModel(2, (4, 4, 4, 4, 4, 4))
     refinement = part((5, 5, 8, 8, 10, 5))
-    return load(nets + "varnet").VariationalNetworkModel(sensitivity, refinement, num_cascades=2), "unet"
+    return load(nets + "varnet").VariationalNetworkModel(
+        sensitivity, refinement, num_cascades=2
+    ), "coil_sensitivity_model"
 
 
 VARNETS = {"fastMRI VarNet": fastmri_varnet, "MONAI VariationalNetworkModel": monai_varnet}
@@ -153,7 +155,7 @@ def last_convolution(cnn):
 @pytest.mark.parametrize("name", VARNETS)
 def test_a_variational_network_of_others_is_pruned_exactly(name):
     torch.manual_seed(0)
-    teacher, _ = VARNETS[name]()
+    teacher, estimator = VARNETS[name]()
     teacher.eval()
     cnns = {id(c.model.unet): c.model.unet for c in teacher.cascades}.values()  # MONAI's cascades may share one
     priors = [(cnn, torch.zeros(1, 2, 32, 32), [last_convolution(cnn)]) for cnn in cnns]
@@ -162,8 +164,10 @@ def test_a_variational_network_of_others_is_pruned_exactly(name):
     with torch.no_grad():
         assert relative_error(student(*inputs), zeroed(teacher, student)(*inputs)) < 1e-4
         assert relative_error(student(*inputs), teacher(*inputs)) > 1e-3
-    kept = [n for n, _ in teacher.named_modules() if n.startswith(("sens_net", "coil_sensitivity_model"))]
-    assert kept and all(widths(teacher.get_submodule(n)) == widths(student.get_submodule(n)) for n in kept)
+    kept = set(teacher.get_submodule(estimator).modules())  # as in the paper
+    found = spade.prune(teacher, RATIO, priors=[p for p in spade.find_priors(teacher, inputs) if p[0] not in kept])
+    assert widths(found) == widths(student)
+    assert widths(teacher.get_submodule(estimator)) == widths(student.get_submodule(estimator))
     for old, new in zip(teacher.cascades, student.cascades):
         outputs = [(a, b) for (_, a), (_, b) in zip(widths(old), widths(new), strict=True)]
         assert outputs.count((2, 2)) == 1 and all(b == expected_width(a) for a, b in outputs if a != 2)

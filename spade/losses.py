@@ -168,10 +168,11 @@ def data_fidelity(x_hat: Tensor, y: Tensor, A: nn.Module) -> Tensor:
     if (measured := measure(A, x_hat)).shape != y.shape:
         expected = f"the shape of A(x_hat), {tuple(measured.shape)}"
         raise ValueError(f"measurement y must have {expected}, got {tuple(y.shape)}.")
-    mask = getattr(A, "mask", None)
+    mask: Any = getattr(A, "mask", None)
     if isinstance(mask, Tensor) and mask.ndim == y.ndim - 1:
         mask = mask.unsqueeze(2)  # DeepInverse's has no axis of coils
-    num_measured = max(int(mask.expand(y.shape).sum()), 1) if isinstance(mask, Tensor) else y.numel()
+    fits = isinstance(mask, Tensor) and all(m in (1, n) for m, n in zip(mask.shape, y.shape, strict=False))
+    num_measured = max(int((mask != 0).expand(y.shape).sum()), 1) if fits else y.numel()  # a spectrum does not fit
     return as_real(measured - y).abs().sum() / (num_measured * (2 if y.is_complex() else 1))
 
 # %% ../nbs/07_losses.ipynb #c059

@@ -22,6 +22,10 @@ ARGUMENTS ?=
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Snakemake keeps a cache in the home: where that cannot be written, it is in the checkout
+ifeq ($(shell test -w "$$HOME" && echo yes),)
+export XDG_CACHE_HOME ?= $(CURDIR)/.snakemake/cache
+endif
 # torch is named with its exact version: a bare name may pull gigabytes of GPU libraries onto a machine without one
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(shell grep '^torch==' constraints.txt)
 OPTIONS = --configfile config/$(CONFIG).yaml --cores $(CORES) --resources gpu=$(GPUS) --quiet rules $(ARGUMENTS)
@@ -50,7 +54,7 @@ plan: $(VENV)/.installed
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . _site
-	@echo "Open _site/index.html"
+	@rm -rf jupyter_execute; echo "Open _site/index.html"
 
 lab: $(VENV)/.installed-dev
 	$(BIN)/python -m jupyter lab --notebook-dir nbs

@@ -124,7 +124,9 @@ def test_code_overwrites_no_number_of_steps(files):
 )
 def test_each_key_is_read_from_its_own_part(part, owners):
     """`seed` of one part must not pass for read because another part has a `seed`."""
-    code = "\n".join(path.read_text() for path in [*MODULES, *(ROOT / "nbs" / "experiments").glob("*.ipynb")])
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for path in [*MODULES, *(ROOT / "nbs" / "experiments").glob("*.ipynb")]
+    )
     code = code.replace('\\"', '"')
     if re.search(rf"\*\*(?:config\.)?(?:{owners})\.model_dump\(\)", code):  # all as keywords of one call
         return
@@ -397,7 +399,7 @@ def test_no_network_and_no_function_exists_twice():
     """Two divergent copies of the VarNet and twelve look-alike datasets were how the released code grew."""
     bodies, classes = {}, {}
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and len(node.body) > 3:
                 key = "\n".join(map(ast.unparse, node.body))
                 assert key not in bodies, f"{node.name} in {path.name} is {bodies[key]}"
@@ -411,7 +413,7 @@ def test_no_network_and_no_function_exists_twice():
 
 def test_the_readme_names_what_exists():
     """The released README names configurations that do not exist, and its three checkpoints are one."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     for config in re.findall(r"(?:PROFILE=|-p config |config/)(\w+)", text):
         assert config in config_names() or (ROOT / "config" / config / "config.yaml").is_file(), (
             config

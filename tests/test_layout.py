@@ -37,7 +37,9 @@ EQUATIONS = {1: "02_operators", 2: "04_deq", 3: "04_deq", 4: "04_deq", 6: "06_pr
 @cache
 def cells(path: Path) -> list[tuple[str, str]]:
     """(kind, source) of each cell of a notebook."""
-    return [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text())["cells"]]
+    return [
+        (cell["cell_type"], "".join(cell["source"])) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ]
 
 
 def number(path: Path) -> int:
@@ -208,7 +210,9 @@ def long_lines(text: str, limit: int) -> list[str]:
 
 def test_prose_has_100_columns():
     texts = {path.stem: "\n".join(text for kind, text in cells(path) if kind == "markdown") for path in every_source()}
-    texts |= {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"))}
+    texts |= {
+        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"))
+    }
     assert not {name: long for name, text in texts.items() if (long := long_lines(text, 100))}
 
 
@@ -230,7 +234,7 @@ def test_ruff_is_content_with_notebooks_and_tests(arguments):
 
 def functions_of(path: Path) -> list[ast.FunctionDef]:
     """All functions of a module, methods and nested ones included."""
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
 
 
 def test_no_function_has_more_than_40_lines():
@@ -244,7 +248,7 @@ def test_the_package_stays_small():
     sizes = Counter()
     for path in MODULES:
         notebook = "none"
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             notebook = found[1] if (found := re.match(r"# %% .*/(\d\d)_\w+\.ipynb", line)) else notebook
             sizes[notebook] += 1
     beyond = sum(count for name, count in sizes.items() if name.isdigit() and int(name) >= 40)
@@ -264,7 +268,7 @@ def top_level_imports() -> dict[str, set[str]]:
     for name, path in known.items():
         package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
         graph[name] = set()
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -291,7 +295,7 @@ def test_no_circle_of_imports():
 def test_public_functions_and_classes_have_unique_names():
     owners = {}
     for path in MODULES:
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 owners.setdefault(node.name, []).append(module_name(path))
     assert not {name: modules for name, modules in owners.items() if len(modules) > 1}
@@ -322,7 +326,7 @@ def test_everything_public_is_typed():
 def test_docstrings_begin_with_a_line_of_at_most_100_characters():
     found = []
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (text := ast.get_docstring(node)):
                 first = text.split("\n")[0]
                 if len(first) > 100:
@@ -333,7 +337,7 @@ def test_docstrings_begin_with_a_line_of_at_most_100_characters():
 def test_public_functions_and_classes_have_docstrings():
     missing = []
     for path in MODULES:
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node):
                 missing.append(f"{module_name(path)}.{node.name}")
     assert not missing

@@ -129,7 +129,7 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
         )
         if not wait_for(idle):
             said = "\n".join(
-                f"{path.name}: {path.read_text()[-600:]}"
+                f"{path.name}: {path.read_text(encoding='utf-8')[-600:]}"
                 for path in sorted(folder.glob("*.out")) + sorted(folder.glob("*.log"))
             )
             pytest.skip(f"Slurm did not start here:\n{said}")
@@ -163,13 +163,15 @@ def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
     printed = done.stdout + done.stderr
     submitted = re.findall(r"Job \d+ has been submitted with SLURM jobid", printed)
     assert done.returncode == 1 and len(submitted) == 6, printed[-4000:]
-    logged = "".join(path.read_text() for path in (tmp_path / ".snakemake" / "slurm_logs").rglob("*.log"))
+    logged = "".join(
+        path.read_text(encoding="utf-8") for path in (tmp_path / ".snakemake" / "slurm_logs").rglob("*.log")
+    )
     assert "papermill nbs/experiments/figure_1.ipynb" in logged and "config: smoke" in logged, logged[-2000:]
     assert "image = open('no such image')" in logged
     for run in (student.teacher, student):
         assert (tmp_path / "out" / "runs" / run.name / "done").is_file()
-        result = json.loads((tmp_path / "out" / "runs" / run.name / "result.json").read_text())
+        result = json.loads((tmp_path / "out" / "runs" / run.name / "result.json").read_text(encoding="utf-8"))
         assert result["config"]["name"] == "smoke" and result["means"]
-    assert "milliseconds" in (tmp_path / "out" / "latency" / "deq.csv").read_text()
+    assert "milliseconds" in (tmp_path / "out" / "latency" / "deq.csv").read_text(encoding="utf-8")
     again = subprocess.run([*command, "-n"], cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=200)
     assert dict(re.findall(r"^(\w+) +(\d+)$", again.stdout + again.stderr, re.M)) == {"figure_1": "1", "total": "1"}

@@ -223,7 +223,7 @@ def split_loss(model: Callable, y: Tensor, A: Any, generator: torch.Generator, s
 
 # %% ../nbs/07_losses.ipynb #c071
 def hold_out(data: Iterable, share: float = 0.1, seed: int = 0) -> tuple[list[Any], Callable[[nn.Module], float]]:
-    """Batches without a share of their lines, and a score of a network on these lines: minus data fidelity."""
+    """Batches without a share of their lines, and a score on these lines: minus data fidelity."""
     parts: list[tuple] = []
     for number, batch in enumerate(data):
         given, held = split_lines(batch.A, share, seeded("lines", seed, number))

@@ -111,7 +111,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> 
 
 # %% ../nbs/02_operators.ipynb #c040
 def check_precision(model: nn.Module, y: Tensor, A: nn.Module) -> None:
-    """Raise `TypeError` unless weights, `y` and the tensors of `A` are all of single or all of double precision."""
+    """Raise `TypeError` unless weights, `y` and tensors of `A` all have single or all double precision."""
     weights = next(model.parameters()).dtype
     if weights not in (torch.float32, torch.float64):
         raise TypeError(f"weights must be float32 or float64, got {weights}: use torch.autocast for half precision.")

@@ -382,9 +382,7 @@ def test_a_file_of_weights_is_read_without_its_code_and_damage_is_noticed(tmp_pa
     weight = model.state_dict()["cascades.0.model.unet.conv.layers.0.weight"].numpy().tobytes()
     content[content.index(weight) + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match="brain.pt must be a whole file of tensors.*, got a wrong checksum"
-    ):
+    with pytest.raises(ValueError, match="brain.pt must be a whole file of tensors.*, got a wrong checksum"):
         E2EVarNet.from_fastmri(path)
     torch.save({"weight": Code()}, path)
     with pytest.raises(ValueError, match="brain.pt must be a whole file of tensors"):

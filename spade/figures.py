@@ -31,8 +31,8 @@ from .files import atomic_write, resolve
 from .latency import synchronize
 from .losses import STRATEGIES
 from .paper import LABEL, NAMED_RATIO, paper_numbers
-from .runs import Run, datasets, displayable, find_teacher, load_teacher, picture_batches, use_device
-from .tables import MRI_NETWORKS, Results, beside_paper, data_lines, each_seed, made_on, read_results, write_tidy
+from .runs import Run, datasets, displayable, find_teacher, load_teacher, picture_batches, use_device, write_csv
+from .tables import MRI_NETWORKS, Results, beside_paper, data_lines, each_seed, made_on, read_results
 
 # %% ../nbs/repro/35_figures.ipynb #c006
 #: width in inches of a whole figure; printed 6.5 inches wide, its text still has more than 6 points
@@ -143,7 +143,7 @@ def write_evolution(
             models = {ratio: load_teacher(path).to(device) for ratio, path in paths.items()}
             tables.append(evolution(models, batch, repeats).assign(network=network))
     if tables:
-        write_tidy(resolve(out) / "evolution.csv.gz", pd.concat(tables))
+        write_csv(resolve(out) / "evolution.csv.gz", pd.concat(tables))
     return pd.concat(tables) if tables else pd.DataFrame()
 
 # %% ../nbs/repro/35_figures.ipynb #c016

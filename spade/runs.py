@@ -14,7 +14,6 @@ __all__ = ['Run', 'acquisition_files', 'slice_datasets', 'file_checksum', 'write
 import ast
 import json
 import os
-import pickle
 import platform
 import resource
 import shutil
@@ -147,17 +146,12 @@ def read_record(path: str | Path, suffixes: str | tuple[str, ...] = "") -> dict[
     `suffixes`: of the files that are checked; "" for all, () for none."""
     path, record = Path(path), read_json(path)
     intact = isinstance(record, dict) and record.pop("checksum", "") == content_key(record)
-    files = (
-        {path.with_name(name): key for name, key in record["files"].items() if name.endswith(suffixes)}
-        if intact
-        else {}
-    )
-    changed = [file for file, key in files.items() if not (file.is_file() and file_checksum(file) == key)]
-    changed = changed if intact else [path]
-    if changed:
-        found = "a changed or truncated file" if changed[0].is_file() else "no file"
-        advice = f"make it again (the batch does) or remove {path.name}"
-        raise ValueError(f"{changed[0]} must be as it was written, got {found}: {advice}.")
+    keys = {path.with_name(name): key for name, key in record["files"].items()} if intact else {path: ""}
+    for file, key in keys.items():
+        if (file.name.endswith(suffixes) or not intact) and not (file.is_file() and file_checksum(file) == key):
+            found = "a changed or truncated file" if file.is_file() else "no file"
+            advice = f"make it again (the batch does) or remove {path.name}"
+            raise ValueError(f"{file} must be as it was written, got {found}: {advice}.")
     return record
 
 # %% ../nbs/repro/33_runs.ipynb #c021
@@ -300,10 +294,9 @@ def load_teacher(path: Path) -> nn.Module:
     if path.suffix != ".pth":
         return checkpoint.load(path)
     try:
-        return USRNet.from_published(torch.load(path, map_location="cpu", weights_only=True)).eval()
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        found = str(error).splitlines()[0]
-        raise ValueError(f"{path.name} must hold USRNet's weights as published, got {found}") from None
+        return USRNet.from_published(path).eval()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path.name} must hold USRNet's weights as published: {error}") from None
 
 # %% ../nbs/repro/33_runs.ipynb #c046
 def loop_settings(training: Training, run: Run, config: Config, folder: str | Path | None = None) -> dict[str, Any]:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RUN_FIELDS', 'TIDY', 'SCALE', 'CELL', 'KEYS', 'COSTS', 'PARTS', 'TABLE_OF', 'MRI_NETWORKS', 'DIGITS', 'SIGNS',
-           'run_records', 'runs_text', 'check_tidy', 'read_runs', 'read_csv', 'read_table', 'Results', 'read_results',
-           'is_pictured', 'write_pictures', 'write_tidy', 'collect', 'each_seed', 'over_seeds', 'quality_numbers',
-           'cost_numbers', 'beside_paper', 'wide_table', 'table_1', 'table_3', 'table_4', 'number_text',
-           'printed_table', 'table_markdown', 'write_table', 'seeds_text', 'photo_lines', 'data_lines', 'made_on',
-           'timing_line', 'caption_1', 'caption_3', 'caption_4', 'recovered', 'comparisons']
+           'run_records', 'runs_text', 'read_runs', 'read_csv', 'read_table', 'Results', 'read_results', 'is_pictured',
+           'write_pictures', 'collect', 'each_seed', 'over_seeds', 'quality_numbers', 'cost_numbers', 'beside_paper',
+           'wide_table', 'table_1', 'table_3', 'table_4', 'number_text', 'printed_table', 'table_markdown',
+           'write_table', 'seeds_text', 'photo_lines', 'data_lines', 'made_on', 'timing_line', 'caption_1', 'caption_3',
+           'caption_4', 'recovered', 'comparisons']
 
 # %% ../nbs/repro/34_tables.ipynb #c003
 import json
@@ -25,7 +25,7 @@ from .basics import choose
 from .files import atomic_write, resolve
 from .losses import STRATEGIES
 from .paper import LABEL, NAMED_RATIO, TABLE_ACCELERATION, paper_numbers
-from .runs import Run, read_record, write_record
+from .runs import Run, read_record, write_csv, write_record
 
 # %% ../nbs/repro/34_tables.ipynb #c006
 RUN_FIELDS: tuple[str, ...] = ("name", "network", "acceleration", "ratio", "strategy", "start", "seed")
@@ -50,17 +50,14 @@ def runs_text(records: list[dict]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 # %% ../nbs/repro/34_tables.ipynb #c008
-def check_tidy(path: Path) -> Path:
-    """The path of a tidy file. Raises ValueError if it exists and has changed since `collect` wrote it."""
-    if path.is_file():
-        read_record(path.with_name("checksums.json"), path.name)
-    return path
-
-
 def read_runs(out: str | Path, made: bool = False, names: Iterable[str] | None = None) -> pd.DataFrame:
-    """A row per complete run, all or those named: RUN_FIELDS and its facts, among them the dict `config`."""
-    path = resolve(out) / "runs.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if not made and check_tidy(path).is_file() else ["{}"]
+    """A row per complete run, all or those named: RUN_FIELDS and its facts, among them the dict `config`.
+
+    Raises ValueError for a file, of these runs or tidy, that differs from its checksum."""
+    path, lines = resolve(out) / "runs.jsonl", ["{}"]
+    if not made and path.is_file():
+        read_record(path.with_name("checksums.json"))
+        lines = path.read_text(encoding="utf-8").splitlines()
     shared, *own = [json.loads(line) for line in lines]
     records = run_records(path.parent, names) if made else [{**shared, **record} for record in own]
     columns = [*RUN_FIELDS, "config", "parameters", "device", "seconds", "commit", "data", "loaded"]
@@ -91,11 +88,8 @@ def read_table(out: Path, kind: str, names: set[str] | None = None) -> pd.DataFr
     pattern, columns = TIDY[kind]
     paths = sorted(out.glob(f"{kind}.csv*" if names is None else pattern))
     paths = [path for path in paths if names is None or path.parent.parent != out / "runs" or path.parent.name in names]
-    for path in paths if kind != "evolution" else []:  # which gzip checks
-        if names is None:
-            check_tidy(path)
-        elif kind == "latency":
-            read_record(path.with_suffix(".json"))
+    for path in paths if kind == "latency" and names is not None else []:
+        read_record(path.with_suffix(".json"))
     tables = [table for path in paths if len(table := read_csv(path).assign(of=path.parent.name))]
     found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["of", *columns.split()])
     return found.assign(name=found.get("name", found["of"])).reindex(columns=columns.split())
@@ -126,7 +120,7 @@ class Results:
     def pictures(self, run: Run) -> dict[str, np.ndarray]:
         """Images of a run by name: magnitudes (H, W) or colours (H, W, 3) in [0, 1]; empty if there are none."""
         path = run.folder(self.out) / "images.npz" if self.made else self.out / "pictures.h5"
-        if not (path if self.made else check_tidy(path)).is_file():
+        if not path.is_file():
             return {}
         with np.load(path) if self.made else h5py.File(path) as stored:
             arrays = {key: image[()] for key, image in (stored if self.made else stored.get(run.name, {})).items()}
@@ -163,13 +157,6 @@ def write_pictures(path: Path, stored: dict[str, Path]) -> Path:
     return atomic_write(path, write)
 
 # %% ../nbs/repro/34_tables.ipynb #c021
-def write_tidy(path: Path, table: pd.DataFrame, form: str | None = "%.6g") -> Path:
-    """Write a CSV, compressed for .gz, without time stamp: equal tables are equal files."""
-    packed = {"method": "gzip", "mtime": 0} if path.suffix == ".gz" else None
-    settings = {"index": False, "float_format": form, "compression": packed}
-    return atomic_write(path, lambda part: table.to_csv(part, **settings))
-
-
 def collect(out: str | Path, runs: Iterable[str] | None = None) -> list[Path]:
     """Write the tidy files from `out`/runs, all or those named, and `out`/latency; return all paths.
 
@@ -183,9 +170,9 @@ def collect(out: str | Path, runs: Iterable[str] | None = None) -> list[Path]:
     stored = {name: path for name, path in images.items() if path.is_file()}
     paths = [
         atomic_write(out / "runs.jsonl", lambda part: part.write_text(runs_text(records), encoding="utf-8")),
-        write_tidy(out / "metrics.csv.gz", results.metrics),
-        write_tidy(out / "curves.csv.gz", results.curves),
-        *([write_tidy(out / "latency.csv", results.latency, None)] if len(results.latency) else []),
+        write_csv(out / "metrics.csv.gz", results.metrics),
+        write_csv(out / "curves.csv.gz", results.curves),
+        *([write_csv(out / "latency.csv", results.latency, None)] if len(results.latency) else []),
         *([write_pictures(out / "pictures.h5", stored)] if stored else []),
     ]
     return [*paths, write_record(out / "checksums.json", {}, paths)]
@@ -350,7 +337,7 @@ def write_table(table: pd.DataFrame, caption: str, path: str | Path) -> list[Pat
     """Write path.csv (numbers) and path.md (printed, with the caption); return both paths."""
     text, name = table_markdown(table, caption), Path(path).name
     markdown = atomic_write(Path(path).with_name(f"{name}.md"), lambda part: part.write_text(text, encoding="utf-8"))
-    return [write_tidy(Path(path).with_name(f"{name}.csv"), table, "%.8g"), markdown]
+    return [write_csv(Path(path).with_name(f"{name}.csv"), table, "%.8g"), markdown]
 
 # %% ../nbs/repro/34_tables.ipynb #c056
 #: what the signs of a printed table mean

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['MRI_TARGETS', 'SHOWN', 'students', 'block', 'run_parameters', 'Report', 'mri_reports', 'photo_reports',
-           'paper_reports', 'demo_reports', 'paper_runs', 'report_key', 'estimate']
+           'paper_reports', 'demo_reports', 'paper_runs', 'report_key', 'damaged_files', 'forget_damaged', 'estimate']
 
 # %% ../nbs/repro/36_workflow.ipynb #c003
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .basics import choose, content_key
@@ -16,10 +18,10 @@ from .config import PHOTO_NETWORKS, Config, load_config
 from .figures import EVOLVING
 from .files import project_root, resolve
 from .paper import TABLE_ACCELERATION
-from .runs import Run, code_cells, shipped_teacher, without_comments
-from .tables import MRI_NETWORKS, read_runs
+from .runs import Run, code_cells, read_record, shipped_teacher, without_comments
+from .tables import MRI_NETWORKS, read_runs, read_table
 
-# %% ../nbs/repro/36_workflow.ipynb #c005
+# %% ../nbs/repro/36_workflow.ipynb #c006
 def students(config: Config, network: str, acceleration: int) -> list[Run]:
     """The fine-tuning runs of a network and acceleration: per seed pruned, then Table 3's random starts."""
     strategies = config.networks[network].finetuning
@@ -27,7 +29,7 @@ def students(config: Config, network: str, acceleration: int) -> list[Run]:
     fresh = [(ratio, strategy, "random") for strategy in strategies for ratio in config.random_start.get(strategy, ())]
     return [Run(network, acceleration, *chosen, seed) for seed in config.seeds for chosen in pruned + fresh]
 
-# %% ../nbs/repro/36_workflow.ipynb #c009
+# %% ../nbs/repro/36_workflow.ipynb #c010
 def block(config: Config, networks: Iterable[str], acceleration: int = 6) -> tuple[Run, ...]:
     """Teachers and pruned students of some networks at one acceleration, for each seed."""
     runs: list[Run] = []
@@ -36,7 +38,7 @@ def block(config: Config, networks: Iterable[str], acceleration: int = 6) -> tup
         runs += [run for run in students(config, network, acceleration) if run.start == "pruned"]
     return tuple(runs)
 
-# %% ../nbs/repro/36_workflow.ipynb #c012
+# %% ../nbs/repro/36_workflow.ipynb #c013
 def run_parameters(run: Run, config: Config, out: str, data: str = "") -> dict[str, Any]:
     """Papermill parameters of a run."""
     values: dict[str, Any] = {"network": run.network, "config": config.name, "seed": run.seed, "out": out}
@@ -48,7 +50,7 @@ def run_parameters(run: Run, config: Config, out: str, data: str = "") -> dict[s
         return values | {"teacher": "published"}
     return values | {"teacher": "shipped" if shipped_teacher(run, config).is_file() else ""}
 
-# %% ../nbs/repro/36_workflow.ipynb #c015
+# %% ../nbs/repro/36_workflow.ipynb #c016
 @dataclass(frozen=True)
 class Report:
     """A table or figure: its notebook with parameters, the runs and timed networks it is computed from."""
@@ -62,9 +64,10 @@ class Report:
     @property
     def files(self) -> list[str]:
         """Names of the files it writes."""
-        return [f"{self.name}.{kind}" for kind in (("md", "csv") if self.name.startswith("table") else ("png",))]
+        names = [f"{self.name}.{kind}" for kind in (("md", "csv") if self.name.startswith("table") else ("png",))]
+        return names + ["evolution.csv.gz"] * (self.name == "figure_2")
 
-# %% ../nbs/repro/36_workflow.ipynb #c018
+# %% ../nbs/repro/36_workflow.ipynb #c019
 #: target -> notebook and acceleration
 MRI_TARGETS: dict[str, tuple[str, int]] = {
     **{f"table_{table}": ("table_mri", acceleration) for table, acceleration in TABLE_ACCELERATION.items()},
@@ -74,7 +77,7 @@ MRI_TARGETS: dict[str, tuple[str, int]] = {
 #: network -> target that shows its reconstructions
 SHOWN: dict[str, str] = {"deq": "figure_6", "varnet": "figure_7", "e2e-varnet": "figure_8"}
 
-# %% ../nbs/repro/36_workflow.ipynb #c019
+# %% ../nbs/repro/36_workflow.ipynb #c020
 def mri_reports(config: Config, networks: Sequence[str], accelerations: Sequence[int] = (6, 8, 10)) -> list[Report]:
     """Tables 1, 2, 5, Figures 3, 4, 6, 7, 8 of some networks; pictures are at the first acceleration."""
     reports, first = [], config.model_copy(update={"seeds": config.seeds[:1]})
@@ -88,7 +91,7 @@ def mri_reports(config: Config, networks: Sequence[str], accelerations: Sequence
         reports.append(Report(SHOWN[network], "figure_7", block(first, [network], accelerations[0]), (), parameters))
     return reports
 
-# %% ../nbs/repro/36_workflow.ipynb #c022
+# %% ../nbs/repro/36_workflow.ipynb #c023
 def photo_reports(config: Config) -> list[Report]:
     """Tables 4 and 6, Figure 5 and PSNR against steps, as far as the scales of the configuration allow."""
     runs, reports, seed = block(config, ["usrnet"]), [], {"seed": config.seeds[0]}
@@ -97,7 +100,7 @@ def photo_reports(config: Config) -> list[Report]:
             reports.append(Report(name, "table_sr", runs, ("usrnet",), {"scales": " ".join(map(str, found))}))
     return reports + [Report(name, name, runs, (), seed) for name in ("figure_5", "figure_steps")]
 
-# %% ../nbs/repro/36_workflow.ipynb #c024
+# %% ../nbs/repro/36_workflow.ipynb #c025
 def paper_reports(config: Config) -> dict[str, Report]:
     """Every table and figure that the networks of a configuration allow, by name."""
     networks = [name for name in MRI_NETWORKS if name in config.networks]
@@ -113,26 +116,59 @@ def paper_reports(config: Config) -> dict[str, Report]:
     reports += photo_reports(config) if "usrnet" in config.networks else []
     return {report.name: report for report in sorted(reports, key=lambda report: report.name)}
 
-# %% ../nbs/repro/36_workflow.ipynb #c025
+# %% ../nbs/repro/36_workflow.ipynb #c026
 def demo_reports(config: Config, network: str, acceleration: int = 6) -> dict[str, Report]:
     """The tables and figures of one network that `make demo` computes."""
     choose("acceleration", acceleration, TABLE_ACCELERATION.values())
     reports = photo_reports(config) if network in PHOTO_NETWORKS else mri_reports(config, [network], [acceleration])
     return {report.name: report for report in reports}
 
-# %% ../nbs/repro/36_workflow.ipynb #c026
+# %% ../nbs/repro/36_workflow.ipynb #c027
 def paper_runs(config: Config) -> dict[str, Run]:
     """Every run that the tables and figures need, by name."""
     return {run.name: run for report in paper_reports(config).values() for run in report.runs}
 
-# %% ../nbs/repro/36_workflow.ipynb #c030
+# %% ../nbs/repro/36_workflow.ipynb #c031
 def report_key(report: Report) -> str:
     """Hash of the parameters, the notebook and the drawing modules of a table or figure, without comments."""
     package = project_root(__file__ if "__file__" in globals() else ".") / "spade"
     modules = [(package / f"{name}.py").read_text(encoding="utf-8") for name in ("tables", "figures", "paper")]
     return content_key(code_cells(report.notebook), [without_comments(module) for module in modules], report.parameters)
 
-# %% ../nbs/repro/36_workflow.ipynb #c033
+# %% ../nbs/repro/36_workflow.ipynb #c034
+def damaged_files(config: Config, out: str | Path) -> dict[str, str]:
+    """The file below `out` that Snakemake tracks of each output with missing or damaged files, and a sentence."""
+    folder, sentences, checks = resolve(out), {}, {}
+    for run in paper_runs(config).values():
+        checks[f"runs/{run.name}/done"] = partial(read_record, run.folder(folder) / "result.json")
+    for network in config.networks:
+        checks[f"latency/{network}.csv"] = partial(read_record, folder / "latency" / f"{network}.json")
+    checks["evolution.csv.gz"] = partial(read_table, folder, "evolution")
+    checks["notebooks/index.done"] = partial(read_record, folder / "checksums.json")
+    for name in [name for name in checks if (folder / name).is_file()]:
+        try:
+            checks[name]()
+        except (FileNotFoundError, ValueError) as error:
+            sentences[name] = str(error)
+    return sentences
+
+
+def forget_damaged(config: Config, out: str | Path) -> list[str]:
+    """Remove `damaged_files` and the `.done` of what depends on them, so that they are made again; sentences."""
+    damaged, folder = damaged_files(config, out), resolve(out)
+    lost = set(damaged)
+    teachers = {f"runs/{run.name}/done": f"runs/{run.teacher.name}/done" for run in paper_runs(config).values()}
+    lost |= {name for name, teacher in teachers.items() if teacher in damaged}
+    for report in paper_reports(config).values():
+        needs = [f"runs/{run.name}/done" for run in report.runs] + [f"latency/{name}.csv" for name in report.timed]
+        if lost.intersection([*needs, *report.files]):
+            demos = [path.relative_to(folder) for path in folder.glob(f"demo_*/notebooks/{report.name}.done")]
+            lost |= {f"notebooks/{report.name}.done", "notebooks/index.done", *map(str, demos)}
+    for name in lost:
+        (folder / name).unlink(missing_ok=True)
+    return list(damaged.values())
+
+# %% ../nbs/repro/36_workflow.ipynb #c037
 def estimate(name: str, out: str = "") -> str:
     """The runs of a configuration to do and, if some have been made, their expected time: one sentence."""
     config, folder = load_config(name), resolve(out or f"outputs/{name}")

@@ -42,8 +42,8 @@ from spade.finetuning import read_state, train
 from spade.losses import make_strategy
 from spade.models import VarNet
 from spade.pruning import prune
-from spade.runs import Run, data_checksum, read_record
-from spade.tables import collect, read_results, write_tidy
+from spade.runs import Run, data_checksum, read_record, write_csv
+from spade.tables import collect, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = (Run("varnet"), Run("varnet", 6, 0.40, "school"), Run("usrnet"))
@@ -110,7 +110,7 @@ def results_of(folder: Path) -> Path:
         write_run(folder, run, 30.0)
     write_photo_run(folder, RUNS[2], 30.0)
     write_latency(folder, "varnet")
-    write_tidy(folder / "evolution.csv.gz", pd.DataFrame({"network": ["deq"] * 9, "ratio": 0.1, "psnr": range(9)}))
+    write_csv(folder / "evolution.csv.gz", pd.DataFrame({"network": ["deq"] * 9, "ratio": 0.1, "psnr": range(9)}))
     collect(folder)
     return folder
 

@@ -40,7 +40,7 @@ from spade.figures import (  # noqa: E402
 from spade.losses import STRATEGIES  # noqa: E402
 from spade.paper import NAMED_RATIO  # noqa: E402
 from spade.runs import Run  # noqa: E402
-from spade.tables import MRI_NETWORKS, each_seed, read_results, table_1, table_3, table_4, write_table, write_tidy  # noqa: E402
+from spade.tables import MRI_NETWORKS, each_seed, read_results, table_1, table_3, table_4, write_csv, write_table  # noqa: E402
 
 OUTPUTS = Path(__file__).resolve().parents[1] / "outputs"
 EXPERIMENTS = OUTPUTS.parent / "nbs" / "experiments"
@@ -298,7 +298,7 @@ def test_the_index_names_what_is_incomplete(out):
     for name in ("figure_3.png", "figure_7.png", "figure_2.png"):
         (out / name).touch()
     rows = [{"network": network, "ratio": ratio} for network in ("deq", "usrnet") for ratio in NAMED_RATIO]
-    write_tidy(out / "evolution.csv.gz", pd.DataFrame([row for row in rows if row != {"network": "deq", "ratio": 0.2}]))
+    write_csv(out / "evolution.csv.gz", pd.DataFrame([row for row in rows if row != {"network": "deq", "ratio": 0.2}]))
     part = next(line for line in index_page(out, made=True).splitlines() if line.startswith("- Incomplete"))
     assert "Table 1 (no DEQ; VarNet without 37 of 41 numbers; no E2E-VarNet)" in part
     assert "Figure 3 (no DEQ; VarNet without 11 of 13 numbers; no E2E-VarNet)" in part
@@ -332,7 +332,7 @@ def complete(tmp_path) -> Path:
     for network in (*MRI_NETWORKS, "usrnet"):
         write_latency(tmp_path, network)
     rows = [{"network": network, "ratio": ratio} for network in ("deq", "usrnet") for ratio in NAMED_RATIO]
-    write_tidy(tmp_path / "evolution.csv.gz", pd.DataFrame(rows))
+    write_csv(tmp_path / "evolution.csv.gz", pd.DataFrame(rows))
     for name in CONTENTS:
         (tmp_path / f"{name}{'.md' if name.startswith('table') else '.png'}").touch()
     return tmp_path
@@ -361,7 +361,7 @@ def test_figure_2_needs_no_device_without_weights(tmp_path, monkeypatch):
 
 
 def test_a_stored_evolution_stays_without_weights(tmp_path):
-    path = write_tidy(tmp_path / "evolution.csv.gz", pd.DataFrame({"network": ["deq"]}))
+    path = write_csv(tmp_path / "evolution.csv.gz", pd.DataFrame({"network": ["deq"]}))
     before = path.read_bytes()
     assert write_evolution(load_config("smoke"), tmp_path).empty and path.read_bytes() == before
 

@@ -82,7 +82,7 @@ def tables_of(results, name: str) -> dict[str, tuple[pd.DataFrame, str]]:
 @pytest.mark.parametrize(("name", "number"), [("demo", 6), ("siat", 1), ("cbsd68", 2)])
 def test_the_committed_files_give_the_committed_tables(name, number, tmp_path):
     for path in (OUTPUTS / name).glob("*.*"):
-        if path.suffix in (".gz", ".jsonl", ".csv", ".json") and not path.stem.startswith("table"):
+        if path.suffix in (".gz", ".jsonl", ".csv", ".json", ".h5") and not path.stem.startswith("table"):
             shutil.copy(path, tmp_path)
     tables = tables_of(read_results(tmp_path), name)
     assert len(tables) == number

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,12 +24,15 @@ import psutil
 import pytest
 import torch
 import yaml
+from faults import copy_project, kill_family
+from made_up_results import write_latency, write_run
+from safetensors.torch import load_file
 
 from spade.config import config_names, load_config
 from spade.finetuning import read_state
 from spade.runs import Run, run_key
 from spade.tables import collect, read_runs
-from spade.workflow import demo_reports, estimate, paper_reports, paper_runs
+from spade.workflow import damaged_files, demo_reports, estimate, forget_damaged, paper_reports, paper_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -70,10 +74,10 @@ def plan(*what: str) -> dict[str, int]:
     return dict(found)
 
 
-def call(*what: str) -> subprocess.CompletedProcess:
+def call(*what: str, python: Path | str = sys.executable, **settings: object) -> subprocess.CompletedProcess:
     """`snakemake` in a process of its own."""
-    command = [sys.executable, "-m", "snakemake", *what]
-    return subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run([python, "-m", "snakemake", *what], env=ENVIRONMENT, **output, **settings)
 
 
 def small_notebook(name: str, cell: str) -> None:
@@ -87,12 +91,10 @@ def small_notebook(name: str, cell: str) -> None:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A copy of what the batch reads, so that a test can change it; the present folder."""
-    for name in ("config", "nbs", "workflow"):
-        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    """A copy of what the batch reads, so that a test can change it; the present folder, with a blank in its path."""
+    copy_project(folder := tmp_path / "a project")
+    monkeypatch.chdir(folder)
+    return folder
 
 
 # Which jobs
@@ -142,9 +144,10 @@ def test_a_target_needs_its_own_runs_and_no_others(project):
     assert found == {**dict.fromkeys(one, 1), "finetune": 3, "total": 11}
 
 
-def test_without_options_a_target_is_of_the_demo(project):
+def test_without_options_a_target_is_of_the_demo_also_by_a_python_with_a_blank_in_its_path(project):
     small_notebook("figure_1", "from pathlib import Path\nPath(f'{target}.png').touch()")
-    done = call("figure_1")
+    (python := project / "an environment").symlink_to(sys.prefix)
+    done = call("figure_1", python=python / "bin" / "python")
     assert done.returncode == 0 and (project / "outputs" / "demo" / "figure_1.png").is_file(), done.stdout[-3000:]
     assert "workflow specific profile" in done.stdout and "profiles/default" in done.stdout
 
@@ -203,23 +206,67 @@ def edit_config(key: str, value: object, name: str = "smoke") -> None:
     path.write_text(yaml.safe_dump(settings))
 
 
-def test_a_change_runs_again_what_depends_on_it_and_nothing_else(project):
-    target = ("figure_6", *arguments("out"))
-    runs = paper_reports(load_config("smoke"))["figure_6"].runs
-    files = [
-        "data/acquisitions",
-        "data/R6",
-        *(f"runs/{run.name}/done" for run in runs),
-        "figure_6.png",
-        "notebooks/figure_6.done",
-    ]
+@pytest.fixture
+def completed(project) -> tuple[str, ...]:
+    """Figure 6 with its runs and a measurement of time, as a batch leaves them: the arguments that ask for it."""
+    target, runs = ("figure_6", *arguments("out")), paper_reports(load_config("smoke"))["figure_6"].runs
+    for run in runs:
+        write_run(Path("out"), run, 30.0)
+    write_latency(Path("out"), "deq")
+    done = [f"runs/{run.name}/done" for run in runs]
+    files = ["data/acquisitions", "data/R6", *done, "figure_6.png", "notebooks/figure_6.done"]
     for number, path in enumerate(Path("out", file) for file in files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.utime(path, (time.time() - 1000 + number,) * 2)
     assert snakemake(*target, "--touch", "--forceall").endswith("ended with 0")
     assert plan(*target) == {}, "everything exists"
+    return target
 
+
+@pytest.mark.parametrize("name, expected", [
+    ("runs/deq-R6-0.40-school-seed0/metrics.csv", {"finetune": 1, "figure_6": 1}),
+    ("runs/deq-R6-0.40-school-seed0/images.npz", {"finetune": 1, "figure_6": 1}),
+    ("runs/deq-R6-teacher-seed0/result.json", {"pretrain": 1, "finetune": 3, "figure_6": 1}),
+    ("latency/deq.csv", {}),
+])  # fmt: skip
+@pytest.mark.parametrize("damage", ["removed", "cut", "flipped"])
+def test_what_is_damaged_is_named_and_made_again(completed, name, expected, damage):
+    path = Path("out") / name
+    content, middle = path.read_bytes(), path.stat().st_size // 2
+    flip = bytes([content[middle] ^ 1])
+    path.write_bytes(content[:middle] + (b"" if damage == "cut" else flip + content[middle + 1 :]))
+    if damage == "removed":
+        path.unlink()
+    found = damaged_files(load_config("smoke"), "out")
+    assert plan(*completed) == ({**expected, "total": sum(expected.values())} if expected else {})
+    if damage == "removed" and name.startswith("latency"):  # Snakemake's own file
+        assert found == {}
+    else:
+        (sentence,) = found.values()
+        assert sentence.startswith(f"{path.resolve()} ")
+    if name.startswith("latency"):
+        assert plan("out/latency/deq.csv", *completed[1:]) == {"latency": 1, "total": 1}
+
+
+def test_damaged_tidy_files_are_written_again(completed):
+    """Figure 2 writes evolution.csv.gz; the last job of a batch writes the other ones."""
+    out, smoke = Path("out").resolve(), load_config("smoke")
+    collect("out")
+    shutil.copy(ROOT / "outputs" / "demo" / "evolution.csv.gz", out)
+    marks = [out / "notebooks" / f"{name}.done" for name in ("index", "figure_2", "figure_6")]
+    for mark in marks:
+        mark.touch()
+    assert forget_damaged(smoke, "out") == [] and all(mark.is_file() for mark in marks)
+    for name, kept in (("metrics.csv.gz", [False, True, True]), ("evolution.csv.gz", [False, False, True])):
+        (out / name).write_bytes((out / name).read_bytes()[:-20])
+        (sentence,) = forget_damaged(smoke, "out")
+        assert sentence.startswith(f"{out / name} must be ") and [mark.is_file() for mark in marks] == kept
+    assert not (out / "evolution.csv.gz").exists() and plan(*completed) == {}
+
+
+def test_a_change_runs_again_what_depends_on_it_and_nothing_else(completed):
+    target = completed
     written = Path("config/smoke.yaml").read_text()
     edit_config("networks.varnet.pretraining.steps", 7)
     edit_config("latency.repeats", 9)
@@ -279,13 +326,23 @@ def test_a_failing_job_names_notebook_parameters_and_cell_and_the_others_go_on(p
     assert Path("out/notebooks/figure_6.ipynb").is_file(), "the executed notebook of the failure is kept"
 
 
-def kill_family(process: subprocess.Popen) -> None:
-    """End a process and all that it started at once, as a power failure does."""
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    for pid in family:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate()
+def test_a_notebook_cut_by_a_full_disk_ends_only_its_own_job(project):
+    """A limit to the size of a file cuts the executed notebook as a full disk does."""
+    small_notebook("figure_7", "from pathlib import Path\nPath(f'{target}.png').touch()\nprint('x' * 9_000_000)")
+    small_notebook("figure_3", "from pathlib import Path\nPath(f'{target}.png').touch()")
+    for name in ("pretrain", "finetune"):
+        small_notebook(name, "pass")
+    command = ["figure_6", "figure_4", *arguments("out", results="out")]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+    done = call(*command, preexec_fn=limit)
+    assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stdout, done.stdout[-3000:]
+    assert Path("out/figure_4.png").is_file() and not Path("out/notebooks/figure_6.done").exists()
+    with pytest.raises(ValueError):
+        json.loads(Path("out/notebooks/figure_6.ipynb").read_text())
+    Path("out/runs/deq-R6-teacher-seed0/run.ipynb").write_text('{"cells": [')
+    Path("out/runs/deq-R6-teacher-seed0/done").unlink()
+    done = call(*command)
+    assert done.returncode == 0 and Path("out/notebooks/figure_6.done").is_file(), done.stdout[-3000:]
 
 
 def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
@@ -309,6 +366,7 @@ def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
         assert batch.poll() is None, batch.stderr.read()[-3000:]
         time.sleep(0.05)
     kill_family(batch)
+    (folder / "run.ipynb").write_text('{"cells": [')
     made = read_state(states[0])[1]["log"]["seconds"]
     assert 4 <= len(made) < 60 and not (folder / "done").exists() and not (folder / "result.json").exists()
 
@@ -327,12 +385,33 @@ def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
         printed = [output.get("text", "") for cell in cells for output in cell.get("outputs", [])]
         assert printed and not any("\r" in text for text in printed), "no progress bar"
 
-    (folder / "done").unlink()
-    result = (folder / "result.json").stat().st_mtime_ns
-    assert call(f"out/runs/{runs[0].name}/done", *command("out")[1:]).returncode == 0
-    assert (folder / "done").is_file() and (folder / "result.json").stat().st_mtime_ns == result, (
-        "a finished training is kept"
+
+def test_a_training_finished_before_the_workflow_noted_it_is_kept_and_a_damaged_one_is_made_again(project):
+    """SIGKILL after `result.json` and before `done`; then a changed bit in the finished student's metrics."""
+    runs = [Run("varnet"), Run("varnet", 6, 0.40, "school")]
+    teacher, student = (project / "out" / "runs" / run.name for run in runs)
+    command = [f"out/runs/{student.name}/done", "--rerun-incomplete", *arguments("out")]
+    batch = subprocess.Popen([sys.executable, "-m", "snakemake", *command], env=ENVIRONMENT, stdout=-3, stderr=-3)
+    while not (student / "result.json").is_file():
+        assert batch.poll() is None
+        time.sleep(0.01)
+    kill_family(batch)
+    assert (teacher / "done").is_file() and not (student / "done").exists()
+    made = {path: path.stat().st_mtime_ns for folder in (teacher, student) for path in folder.glob("*.[jns]*")}
+    assert snakemake("--unlock", *command).endswith("ended with 0")
+    assert call(*command).returncode == 0 and (student / "done").is_file()
+    kept = {path for path in made if path.suffix != ".ipynb"}
+    assert len(kept) >= 6 and all(path.stat().st_mtime_ns == made[path] for path in kept), "nothing was trained again"
+
+    metrics, weights = (student / "metrics.csv").read_bytes(), load_file(student / "network.safetensors")
+    (student / "metrics.csv").write_bytes(metrics.replace(b"psnr", b"psns", 1))
+    done = call(*command)
+    assert done.returncode == 0 and f"{student / 'metrics.csv'} must be as it was written" in done.stdout
+    assert (student / "metrics.csv").read_bytes() == metrics, "made again"
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in load_file(student / "network.safetensors").items()
     )
+    assert call(*command, "-n").stdout.count("Nothing to be done") == 1
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv is Linux's")
@@ -358,7 +437,8 @@ def test_no_job_outlives_a_killed_snakemake(project):
 
 def test_the_estimate_rests_on_earlier_runs(tmp_path):
     assert "none of them has been measured" in estimate("smoke", str(tmp_path))
-    for name in ("runs.jsonl", "checksums.json"):
+    names = ("runs.jsonl", "metrics.csv.gz", "curves.csv.gz", "latency.csv", "pictures.h5", "checksums.json")
+    for name in names:
         shutil.copy(ROOT / "outputs" / "demo" / name, tmp_path)
     count = len(paper_runs(load_config("demo")))
     printed = estimate("demo", str(tmp_path))

@@ -31,7 +31,7 @@ def from_channels(channels: Tensor) -> Tensor:
 
 # %% ../nbs/beyond/41_deepinv.ipynb #c009
 class PhysicsOperator(LinearOperator):
-    """A linear physics of DeepInverse as operator: `A(x)`, `A.adjoint(y)` without noise; else raises `TypeError`."""
+    """A linear physics of DeepInverse as operator without noise; `TypeError` for another one."""
 
     def __init__(self, physics: LinearPhysics):
         super().__init__()
@@ -55,7 +55,7 @@ class PhysicsOperator(LinearOperator):
 
 # %% ../nbs/beyond/41_deepinv.ipynb #c012
 def as_operator(physics: LinearPhysics) -> LinearOperator:
-    """The noise-free operator of a physics: complex `MultiCoilMRI` for Cartesian 2-D MRI, else `PhysicsOperator`."""
+    """A physics as operator without noise: `MultiCoilMRI` of Cartesian 2-D MRI, else `PhysicsOperator`."""
     if isinstance(physics, OperatorPhysics):
         return physics.operator
     if isinstance(physics, (MRI, CoilPhysics)) and physics.mask.ndim == 4:
@@ -67,7 +67,7 @@ def as_operator(physics: LinearPhysics) -> LinearOperator:
 
 # %% ../nbs/beyond/41_deepinv.ipynb #c014
 class OperatorPhysics(LinearPhysics):
-    """An operator `A` with `A.adjoint` as a physics; with `two_channels`, of complex images and measurements."""
+    """An operator as a physics; with `two_channels`, an operator of complex images and measurements."""
 
     def __init__(self, operator: LinearOperator, two_channels: bool = False, **settings: Any):
         super().__init__(**settings)
@@ -96,7 +96,7 @@ def as_physics(A: nn.Module, two_channels: bool = False, **settings: Any) -> Lin
 
 # %% ../nbs/beyond/41_deepinv.ipynb #c020
 class FromDeepInverse(nn.Module):
-    """A network `model(y, physics)` of DeepInverse as `model(y, A)`; the image is complex where `y` is complex."""
+    """A network `model(y, physics)` of DeepInverse as `model(y, A)`; a complex `y` gives a complex image."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -110,7 +110,7 @@ class FromDeepInverse(nn.Module):
 
 # %% ../nbs/beyond/41_deepinv.ipynb #c034
 class ForDeepInverse(Reconstructor):
-    """A network `model(y, A)` as `model(y, physics)` of DeepInverse; MRI in two channels, others as they are."""
+    """A network `model(y, A)` as `model(y, physics)` of DeepInverse; MRI images have two channels."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -43,7 +43,7 @@ class DnCNN(nn.Module):
 
     @classmethod
     def from_published(cls, weights: Mapping[str, Tensor] | str | os.PathLike) -> "DnCNN":
-        """The denoiser of published weights, a file or its content, in evaluation mode; `ValueError` for others."""
+        """The denoiser of published weights, a file or its content; raises `ValueError` for others."""
         weights = read_weights(weights, "DnCNN.from_published", PUBLISHED_DNCNN)
         expected = "DnCNN.from_published expects the weights of a DnCNN without batch norm ('model.0.weight', ...)"
         first = weights.get("model.0.weight")
@@ -54,7 +54,7 @@ class DnCNN(nn.Module):
 
 # %% ../nbs/beyond/42_plug_and_play.ipynb #c010
 class PlugAndPlay(nn.Module):
-    """A fixed number of steps of PnP (eq. 3) or RED around a denoiser, from $A^Hy$, as a network `model(y, A)`."""
+    """Some steps of PnP (eq. 3) or RED around a denoiser, from $A^Hy$: a network `model(y, A)`."""
 
     def __init__(
         self,

@@ -235,6 +235,15 @@ def test_its_networks_are_pruned_exactly(name, small):
         assert relative_error(student(y, A), teacher(y, A)) > 1e-4
 
 
+def test_a_student_is_saved_and_loaded(tmp_path, small):
+    y, A, x = small
+    student = spade.prune(FromDeepInverse(unfolded(unfold=True)), 0.4, inputs=(y, A)).eval()
+    spade.save(student, tmp_path / "student")
+    loaded = spade.load(tmp_path / "student", build=lambda: FromDeepInverse(unfolded(unfold=True))).eval()
+    with torch.no_grad():
+        assert widths(loaded) == widths(student) and torch.equal(loaded(y, A), student(y, A))
+
+
 def test_a_network_of_real_images_keeps_its_physics():
     physics = deepinv.physics.Inpainting((1, 16, 16), mask=0.6, noise_model=NOISE)
     network = deepinv.models.ArtifactRemoval(deepinv.models.DnCNN(1, 1, depth=3, nf=8, pretrained=None), mode="adjoint")

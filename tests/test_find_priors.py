@@ -235,30 +235,20 @@ def test_accelerate():
 # Refusals
 
 
+lone = Net(lambda net, x, o: net.b(net.a(x)), a=conv(1, W), b=conv(W, 1))
+none = "must hold a CNN of two layers or more, got none: "
+
+
 @pytest.mark.parametrize(
     "model, inputs, message",
     [
-        (
-            nn.Sequential(conv(1, 4)),
-            image(),
-            r"Sequential must hold a CNN .* got none: '0' \(a single layer outside of CNNs\)",
-        ),
-        (nn.ReLU(), image(), "ReLU must hold a CNN of two layers or more, got none: it has no weighted layers"),
+        (nn.Sequential(conv(1, 4)), image(), rf"Sequential {none}'0' \(a single layer outside of CNNs\)"),
+        (nn.ReLU(), image(), f"ReLU {none}it has no weighted layers"),
         (cnn(2), image(), r"Sequential must run with inputs, got RuntimeError: Given groups=1"),
         (cnn(), (image(), 3), r"Sequential must run with inputs, got TypeError"),
         (Net(lambda net, x: net.a(x), a=conv(1, 1), b=cnn()), image(), r"'b.0' \(not called\)"),
-        (
-            Net(lambda net, x: net.a(x) + net.b(x), a=conv(1, W), b=conv(1, W)),
-            image(),
-            r"'a' \(its output leaves the CNN\)",
-        ),
-        (
-            Net(
-                lambda net, x, o: net.cnn(x, o), cnn=Net(lambda net, x, o: net.b(net.a(x)), a=conv(1, W), b=conv(W, 1))
-            ),
-            (image(), pytest),
-            r"'cnn.a' \(in a module that takes a module\)",
-        ),
+        (Net(lambda net, x: net.a(x) + net.b(x), a=conv(1, W), b=conv(1, W)), image(), r"'a' \(its output leaves"),
+        (Net(lambda net, *x: net.cnn(*x), cnn=lone), (image(), pytest), r"'cnn.a' \(in a module that takes a module\)"),
     ],
 )
 def test_one_sentence(model, inputs, message):

@@ -162,14 +162,13 @@ def check_finite(name: str, values: Tensor | np.ndarray) -> None:
 def check_values(y: Tensor, A: nn.Module, x: Tensor | None = None) -> None:
     """Raise `ValueError` for NaN or infinity in `y`, `A` or `x`, or a maximum of `y` outside 1e-8 to 1e8."""
     state: dict[str, Tensor] = getattr(A, "state_dict", dict)()
-    tensors = {"measurement y": y, **{f"A.{name}": tensor for name, tensor in state.items()}}
-    for name, tensor in (tensors | ({} if x is None else {"reference x": x})).items():
-        check_finite(name, tensor)
-    peak = y.abs().amax().item()
-    if peak and not 1e-8 <= peak <= 1e8:
-        raise ValueError(
-            f"measurement y must be scaled to a maximum near 1, and x with it, got a maximum of {peak:.3g}."
-        )
+    check_finite("measurement y", y)
+    for name, tensor in state.items():
+        check_finite(f"A.{name}", tensor)
+    if x is not None:
+        check_finite("reference x", x)
+    if (peak := y.abs().amax().item()) and not 1e-8 <= peak <= 1e8:
+        raise ValueError(f"measurement y must be scaled to a maximum near 1, x with it, got a maximum of {peak:.3g}.")
 
 # %% ../nbs/01_basics.ipynb #c039
 def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:

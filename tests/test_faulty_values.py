@@ -135,7 +135,7 @@ def test_a_measurement_or_operator_that_is_not_finite_is_named(network, value):
 def test_a_measurement_far_from_one_must_be_scaled(network, factor):
     batch = problem(network)
     far = batch._replace(y=batch.y * factor, x=batch.x * factor)
-    sentence = r"measurement y must be scaled to a maximum near 1, and x with it, got a maximum of [\d.]+e[+-]"
+    sentence = r"measurement y must be scaled to a maximum near 1, x with it, got a maximum of [\d.]+e[+-]"
     refuse(NETWORKS[network](), far, ValueError, sentence, *(["model"] if network == "deq" else []), "evaluate")
     check_values(batch.y * 1e6, batch.A)
     check_values(batch.y * 1e-6, batch.A)

@@ -261,7 +261,8 @@ def cached_maps(kspace: Tensor, acs: slice, folder: Path | None, name: str, sett
     code = Path(inspect.getfile(inspect.unwrap(espirit))).read_bytes()
     where = [acs.start, acs.stop, kspace.shape[-1]]
     file = f"{name}_{content_key(kspace[..., acs].contiguous(), where, settings, code)}.maps"
-    home = home if (home := os.path.expanduser("~")) != "~" else tempfile.gettempdir()
+    home = os.path.expanduser("~")
+    home = tempfile.gettempdir() if home == "~" else home
     other = Path(os.environ.get("SPADE_CACHE") or f"{home}/.cache/spade") / "maps"
     for path in (folder / file, other / file):
         if (maps := load_maps(path, kspace.shape)) is not None:

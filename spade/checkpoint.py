@@ -151,7 +151,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Description]:
         raise ValueError(f"{file_path} must be a file in its folder, got a link to {target}; pass that path.")
     content = file_path.read_bytes()
     try:
-        tensors = safetensors.torch.load(content)
+        tensors = dict(sorted(safetensors.torch.load(content).items()))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (SafetensorError, AssertionError, KeyError, RecursionError, ValueError) as error:
         raise ValueError(f"{file_path} must be a whole safetensors file, got another one ({error}).") from None

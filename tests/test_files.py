@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from spade.basics import content_key
+from spade.data.fastmri import find_files
+from spade.data.phantom import simulate
 from spade.files import atomic_write, project_root, read_json, resolve, write_json
 
 WRITES_FOREVER = """
@@ -128,3 +130,5 @@ def test_paths_of_a_configuration_may_begin_with_the_home_folder(tmp_path, monke
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/data") == tmp_path / "data" and resolve("~") == tmp_path
     assert resolve("data") == project_root() / "data" and resolve(tmp_path) == tmp_path
+    made = simulate("~/data", 1, 1, shape=(32, 32), num_coils=2, progress=False)
+    assert made == find_files("~/data") == [tmp_path / "data" / "demo_0000.h5"]

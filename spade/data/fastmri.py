@@ -140,7 +140,7 @@ def of_contrast(volumes: Sequence[Volume], acquisition: str | None, error: type[
 
 def find_files(folder: str | Path, acquisition: str | None = "AXT2") -> list[Path]:
     """The HDF5 files of a folder, sorted, of one contrast (None: all); or `FileNotFoundError`."""
-    paths = sorted(path for path in Path(folder).glob("*.h5") if path.is_file())
+    paths = sorted(path for path in Path(folder).expanduser().glob("*.h5") if path.is_file())
     if not paths:
         raise FileNotFoundError(f"no HDF5 file (*.h5) in {folder}.")
     volumes = [read_volume_header(path) for path in paths]

@@ -531,4 +531,4 @@ def simulate(
             raise ValueError(f"num_subjects and slices_per_subject must be at least 1, {found}.")
         jobs = drawn_acquisitions(count, slices, scan, seed, name)
     jobs = tqdm(jobs, total=count, desc="simulating subjects", **({} if progress else {"disable": True}))
-    return [write_acquisition(Path(folder) / f"{name}_{job.label}.h5", job) for job in jobs]
+    return [write_acquisition(Path(folder).expanduser() / f"{name}_{job.label}.h5", job) for job in jobs]

@@ -148,7 +148,7 @@ def find_files(folder: str | Path, acquisition: str | None = "AXT2") -> list[Pat
 
 # %% ../../nbs/data/23_fastmri.ipynb #c021
 def read_slice(volume: Volume, number: int) -> Tensor:
-    """k-space of one slice, complex64 `(coils, rows, W)`; `ValueError` if it is not finite or near its limits."""
+    """k-space of one slice, complex64 `(coils, rows, W)`; `ValueError` if not finite or not scaled."""
     with open_hdf5(volume.path) as file, np.errstate(over="ignore"):
         try:
             kspace = as_complex(file["kspace"][number])

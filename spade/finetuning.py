@@ -129,11 +129,11 @@ def network_identity(model: nn.Module, name: str) -> dict[str, Any]:
 # %% ../nbs/repro/31_resume.ipynb #c021
 def fingerprint(model: nn.Module, strategy: Strategy, training: Training, **others: Any) -> dict[str, Any]:
     """The identity of a run as JSON: equal in every call that may continue it; a loss needs a name."""
-    free = {"checkpoint_every", *(["steps"] if training.schedule == "constant" else [])}
+    free = {"checkpoint_every"} | ({"steps"} if training.schedule == "constant" else set())
     free |= {"validate_every"} if training.patience is None else set()
     settings = {name: value for name, value in training.arguments().items() if name not in free}
-    choices = {"strategy": strategy.name, **strategy.choices}
-    choices |= {} if strategy.call is call_network else {"call": strategy.call}
+    call = None if strategy.call is call_network else strategy.call
+    choices = {"strategy": strategy.name, "call": call, **strategy.choices}
     for name, function in choices.items():
         if callable(function):
             choices[name] = getattr(function, "__name__", "<lambda>")
@@ -372,9 +372,7 @@ def finetune(
 ) -> TrainingLog:
     """Fine-tune a network by a strategy of Section 3 or by a loss of your own; ten epochs by default."""
     names = {name for allowed in ALLOWED_SETTINGS.values() for name in allowed}
-    if strategy is None and (teacher is not None or not callable(loss)):
-        strategy = "school"
-    if loss is None and strategy != "self-supervised":
+    if loss is None and strategy != "self-supervised" and (strategy is not None or teacher is not None):
         loss = default_loss(student)
     chosen = {name: settings.pop(name) for name in [*settings] if name in names} | ({"loss": loss} if loss else {})
     if settings.get("steps") is None and settings.get("epochs") is None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -120,8 +120,7 @@ def as_batch(value: Any) -> Any:
     if length == " of length 4" and isinstance(value[0], Tensor) and callable(value[1]):
         return Batch(*value)
     if length == " of length 2" and isinstance(value[0], (Tensor, tuple, list, dict)) and isinstance(value[1], Tensor):
-        pair: Any = (value[0], None, value[1], {})
-        return Batch(*pair)
+        return Batch(*cast(Any, (value[0], None, value[1], {})))
     expected = "Batch(y, A, x, info) or pairs (input, target)"
     raise TypeError(f"data must yield {expected}, got a {type(value).__name__}{length}.")
 
@@ -199,10 +198,9 @@ class Loop:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"model must have a trainable parameter, got a {type(model).__name__} that is all frozen.")
-        for p in self.parameters:
-            if p.dtype.to_real() not in (torch.float32, torch.float64):
-                advice = "use model.float(), and mixed_precision='bf16' to compute in it"
-                raise TypeError(f"model must have float32 or float64 weights to be trained, got {p.dtype}: {advice}.")
+        for kind in {p.dtype.to_real() for p in self.parameters} - {torch.float32, torch.float64}:
+            advice = "use model.float(), and mixed_precision='bf16' to compute in it"
+            raise TypeError(f"model must have float32 or float64 weights to be trained, got {kind}: {advice}.")
         self.adam = torch.optim.Adam(self.parameters)
         self.optimizer = accelerator.prepare(self.adam)
         self.keep_good()
@@ -273,25 +271,24 @@ class Loop:
             for tensor, good in zip(self.tensors(), self.good):
                 if tensor.shape == good.shape:  # a buffer may depend on the batch
                     tensor.copy_(good)
-        diverged = isinstance(cause, (DivergenceError, FloatingPointError))
         for batch in batches:
             try:
-                self.check(batch, diverged)
+                self.check(batch, cause)
             except (TypeError, ValueError) as found:
                 place = f"in a batch of step {step + 1}, info {getattr(batch, 'info', None)}"
                 raise type(found)(f"{str(found).removesuffix('.')}, {place}.") from cause
-        if not diverged:
+        if not isinstance(cause, (DivergenceError, FloatingPointError)):
             raise cause
         advice = f"{cause} The last good weights were restored; lower learning_rate or set clip."
         raise FloatingPointError(f"Divergence in step {step + 1} at learning rate {rate:g}. {advice}") from cause
 
-    def check(self, batch: Any, diverged: bool) -> None:
-        """Raise for numbers that are not finite or, after a divergence, for images of zeros or in another unit."""
-        weights = self.parameters[0].dtype.to_real()
+    def check(self, batch: Any, cause: Exception) -> None:
+        """Raise if the batch explains the error: by NaN, another precision or, after a divergence, zeros or a unit."""
+        weights, diverged = self.parameters[0].dtype.to_real(), isinstance(cause, (DivergenceError, FloatingPointError))
         for name, tensor in named_tensors(batch):
             check_finite(name, tensor)
             kind = tensor.dtype.to_real() if tensor.is_floating_point() or tensor.is_complex() else weights
-            if kind != weights and not diverged:
+            if kind != weights and name != "reference x" and not (diverged or isinstance(cause, ValueError)):
                 raise TypeError(f"{name} must have the precision of the network's weights, {weights}, got {kind}")
             if name == "measurement y" and diverged and tensor.ndim > 1:
                 if not tensor.flatten(1).any(1).all():

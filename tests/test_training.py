@@ -1411,3 +1411,30 @@ def test_a_measurement_too_small_for_its_precision_is_named():
 
     with pytest.raises(ValueError, match="measurement y must be scaled to a maximum near 1, .* got a maximum of"):
         tune(Power(), [(1e-30 * y, 0 * x) for y, x in pairs()], "supervised")
+
+
+@pytest.mark.parametrize("strategy", ["supervised", "school", "self-supervised"])
+def test_a_measurement_that_does_not_fit_its_operator_is_refused(strategy):
+    batch, single = collate([item(0), item(1)]), collate([item(2)])
+    for y in (batch.y[:1], batch.y[:, :1], batch.y[..., :-1], batch.y[0]):
+        with pytest.raises(ValueError, match="must have shape .* to fit the operator, got"):
+            fit(tiny(), 1, data=[batch._replace(y=y)], strategy=strategy)
+    with pytest.raises(ValueError, match="must have shape .* to fit the operator, got"):
+        fit(tiny(), 1, data=[batch._replace(A=single.A.with_maps(single.A.maps[:, :1]))], strategy=strategy)
+
+
+def test_another_fault_is_not_blamed_on_the_precision():
+    with pytest.raises(ValueError, match="reference x must have shape and kind of the reconstruction"):
+        tune(plain_cnn(), [(y, x[:, :1].double()) for y, x in pairs()], "supervised")
+
+
+def test_no_strategy_no_teacher_and_no_loss():
+    with pytest.raises(TypeError, match="teacher must be the network before pruning for strategy 'school', got None"):
+        tune(plain_cnn(), pairs())
+    assert torch.equal(*(weights(end) for end in (school("school"), school(None))))
+
+
+def school(strategy):
+    model = plain_cnn()
+    tune(model, pairs(), strategy, teacher=plain_cnn(1))
+    return model

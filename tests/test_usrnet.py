@@ -154,9 +154,7 @@ def test_sizes_of_the_full_network_are_inferred(full):
 
 @pytest.mark.parametrize("wrong, found", [(None, "a NoneType"), (nn.ReLU(), "a ReLU")])
 def test_what_is_no_dictionary_of_weights_is_named(wrong, found):
-    with pytest.raises(
-        TypeError, match=f"^USRNet.from_published: weights must be a dictionary .*, got {found}.$"
-    ):
+    with pytest.raises(TypeError, match=f"^USRNet.from_published: weights must be a dictionary .*, got {found}.$"):
         USRNet.from_published(wrong)
 
 

@@ -201,10 +201,10 @@ def test_published_denoiser_before_and_after_pruning(shared, published, patches)
 def test_published_denoiser_inside_the_iteration(shared, published, patches):
     """Deblurring a photograph: the iteration gains with the denoiser, loses with the pruned, recovers with repair."""
     path = Path(shared / "natural" / "CBSD68" / "101085.png")
-    x, A = grey(path, 120, 60, 64), BlurDownsample(gaussian(1.6, 7), 1)
+    x, A = grey(path, 120, 60, 56), BlurDownsample(gaussian(1.6, 7), 1)
     y = A(x) + 0.02 * noise(*x.shape)
     for method in ("pnp", "red"):
-        teacher = PlugAndPlay(published.denoiser, method, strength=0.2, iterations=12)
+        teacher = PlugAndPlay(published.denoiser, method, strength=0.2, iterations=8)
         student = spade.prune(teacher, 0.2)
         repaired = repair(student, teacher, [Batch(y, A, None, {})], pixels=1024, calls=4)
         with torch.no_grad():

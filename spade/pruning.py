@@ -27,6 +27,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -175,9 +176,8 @@ def follow_layer(channels: ChannelLabels, layer: Any, inputs: list[Tensor], outp
     elif isinstance(layer, nn.Embedding):
         channels.of[made] = [channels.new(layer, "both", layer.embedding_dim)]
     else:
-        channels.of[made] = (follow_convolution if isinstance(layer, PRUNABLE) else follow_norm)(
-            channels, layer, read[0]
-        )
+        follow = follow_convolution if isinstance(layer, PRUNABLE) else follow_norm
+        channels.of[made] = follow(channels, layer, read[0])
 
 # %% ../nbs/06_pruning.ipynb #c021
 @dataclass
@@ -244,6 +244,7 @@ MOVES = """view _unsafe_view _reshape_alias permute transpose t expand squeeze u
 def moved(call: Call) -> list[list[Tensor]]:
     """The labels of a move: it is applied to the labels; equal parts of an axis are tied."""
     sources = list(call.args[0]) if isinstance(call.args[0], (tuple, list)) else [call.args[0]]
+    rest = tree_map_only(Tensor, Tensor.cpu, call.args[1:])  # indices: labels are on the CPU
     sets, results = [call.channels.of.get(t, []) for t in sources], list[list[Tensor]]()
     for nth in range(max(map(len, sets))):
         chosen = [(s[nth] if nth < len(s) else torch.zeros((), dtype=torch.float64)) for s in sets]
@@ -255,11 +256,11 @@ def moved(call: Call) -> list[list[Tensor]]:
             differ = [a == along or any(labels.shape[a] > 1 for labels in chosen) for a in range(sources[0].ndim)]
             shapes = [[size if d else 1 for size, d in zip(t.shape, differ)] for t in sources]
             full = [labels.expand(shape) for labels, shape in zip(chosen, shapes)]
-            results.append([shortened(call.function(full, *call.args[1:], **call.keywords))])
+            results.append([shortened(call.function(full, *rest, **call.keywords))])
         else:
             full = [labels.expand(t.shape) for labels, t in zip(chosen, sources)]
             given = full if isinstance(call.args[0], (tuple, list)) else full[0]
-            results.append([shortened(t) for t in tensors_of(call.function(given, *call.args[1:], **call.keywords))])
+            results.append([shortened(t) for t in tensors_of(call.function(given, *rest, **call.keywords))])
         if call.name == "pixel_shuffle":  # one channel of several
             call.channels.tie(results[-1][0], results[-1][0][..., :1, :1])
             results[-1] = [results[-1][0][..., :1, :1]]
@@ -946,6 +947,7 @@ def prune(
 
 # %% ../nbs/beyond/40_any_network.ipynb #c002
 import inspect
+from contextlib import ExitStack
 
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -957,8 +959,8 @@ class ModuleCalls:
 
     examples: dict[str, Any] = field(default_factory=dict)  # arguments of one call for each set of input shapes
     count: int = 0
-    channels: set[int] = field(default_factory=set)  # of the tensors that it takes or returns
-    returned: set[int] = field(default_factory=set)  # of the tensors that it returns
+    taken: set[int] = field(default_factory=set)  # numbers of channels of its inputs
+    returned: set[int] = field(default_factory=set)  # and of its outputs
     around: set[nn.Module] = field(default_factory=set)  # the modules that were running at each of its calls
     special: bool = False  # whether its own code uses complex numbers, random numbers or gradients
     objects: str = ""  # why it is no function of tensors, such as "takes a MultiCoilMRI"
@@ -970,7 +972,7 @@ def layers_of(module: nn.Module) -> set[nn.Module]:
 
 
 def object_in(value: Any) -> str:
-    """The class of the first leaf of `value` that is no tensor, number, text or None; else an empty text."""
+    """The class of the first leaf of `value` that is no tensor, number, text or None, or ""."""
     known = (Tensor, int, float, str, type(None), torch.dtype, torch.device)
     return next((type(leaf).__name__ for leaf in tree_leaves(value) if not isinstance(leaf, known)), "")
 
@@ -1006,7 +1008,6 @@ class CallRecorder(TorchFunctionMode):
             hook.remove()
 
     def enter(self, module: nn.Module, args: tuple, keywords: dict) -> None:
-        """Store the arguments of a call before it can change them."""
         if self.running and torch.is_grad_enabled():
             self.calls[self.running[-1]].special = True
         self.running.append(module)
@@ -1020,13 +1021,12 @@ class CallRecorder(TorchFunctionMode):
             calls.examples[key] = detached(example)
 
     def leave(self, module: nn.Module, args: tuple, keywords: dict, output: Any) -> None:
-        """Store the numbers of channels of a call."""
         while self.running.pop() is not module:
             continue
-        calls, found = self.calls[module], object_in(output)
-        calls.returned |= {t.shape[1] for t in tensors_of(output) if t.ndim > 1}
-        calls.channels |= calls.returned | {t.shape[1] for t in tensors_of([*args, keywords]) if t.ndim > 1}
-        if found or not tensors_of(output):
+        calls, tensors, found = self.calls[module], tensors_of(output), object_in(output)
+        calls.returned |= {t.shape[1] for t in tensors if t.ndim > 1}
+        calls.taken |= {t.shape[1] for t in tensors_of([*args, keywords]) if t.ndim > 1}
+        if found or not tensors:
             calls.objects = f"returns a {found or type(output).__name__}"
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -1054,28 +1054,27 @@ def choose_cnns(module: nn.Module, calls: Mapping[nn.Module, ModuleCalls]) -> li
     inner = list(dict.fromkeys(cnn for child in module.children() for cnn in choose_cnns(child, calls)))
     if why_no_cnn(module, calls) or not inner:
         return inner if why_no_cnn(module, calls) else [module]
-    covered, outside = set[nn.Module]().union(*map(layers_of, inner)), set(module.modules())
-    outside -= {m for cnn in inner for m in cnn.modules()}
+    covered, inside = {m for cnn in inner for m in layers_of(cnn)}, {m for cnn in inner for m in cnn.modules()}
     weights = lambda layers: sum(p.numel() for m in layers for p in m.parameters())
-    special = any(calls[m].special for m in outside if m in calls) and 2 * weights(covered) > weights(layers_of(module))
+    special = any(calls[m].special for m in module.modules() if m in calls and m not in inside)
+    special &= 2 * weights(covered) > weights(layers_of(module))
     several = sum(calls[cnn].count for cnn in inner) > calls[module].count and covered == layers_of(module)
-    images = all(calls[cnn].returned <= calls[module].channels for cnn in inner)
+    images = all(calls[cnn].returned <= calls[module].taken | calls[module].returned for cnn in inner)
     width = lambda cnn: max(len(m.weight) for m in layers_of(cnn))  # type: ignore[arg-type]
     thin = all(2 * max(calls[cnn].returned, default=0) <= width(cnn) for cnn in inner)
     return inner if (special or several) and (images or thin) else [module]
 
 # %% ../nbs/beyond/40_any_network.ipynb #c019
 def output_layers(module: nn.Module, example: tuple | dict) -> list[nn.Module]:
-    """The weighted layers whose channels leave `module`: the first on each path back from its outputs."""
+    """The weighted layers whose channels leave `module`: the first ones back from its outputs."""
     kinds = PRUNABLE + (nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
     weighted, made = [m for m in module.modules() if isinstance(m, kinds)], dict[Any, nn.Module]()
     owners = {p: m for m in weighted for p in m.parameters()}  # of a weight that is used without its layer
     mark = lambda layer, inputs, output: made.update({t.grad_fn: layer for t in tensors_of(output)})
-    hooks = [m.register_forward_hook(mark) for m in weighted]
-    with torch.enable_grad():
+    with ExitStack() as hooks, torch.enable_grad():
+        for m in weighted:
+            hooks.callback(m.register_forward_hook(mark).remove)
         ends = [t.grad_fn for t in outputs_of(module, example)]
-    for hook in hooks:
-        hook.remove()
     found, seen = set[nn.Module](), set[Any]()
     while ends:
         if (function := ends.pop()) is not None and function not in seen:
@@ -1113,7 +1112,7 @@ class Priors(list[Prior]):
 
 # %% ../nbs/beyond/40_any_network.ipynb #c024
 def record_calls(model: nn.Module, inputs: Any) -> dict[nn.Module, ModuleCalls]:
-    """The calls of all modules in `model(*inputs)`, evaluation mode; raises `ValueError` where it does not run."""
+    """The calls of all modules in `model(*inputs)`; raises `ValueError` where the model does not run."""
     args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     for graded in (False, True):  # with gradients only where a network needs them
         try:
@@ -1126,15 +1125,15 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[nn.Module, ModuleCalls]:
 
 
 def find_priors(model: nn.Module, inputs: Any) -> Priors:  # inputs: a tensor, a tuple, or a dictionary of keywords
-    """The CNNs inside a network, found from one call `model(*inputs)`, for `prune`; a list to read and edit.
+    """The CNNs inside a network, found from one call `model(*inputs)`: a list to read and edit.
 
-    Raises `ValueError` where the model cannot be copied or does not run, and where no CNN is found: the message says
-    why of each layer. The model is not modified."""
+    Its entries are the triples that `prune` takes. The model is not modified. Raises `ValueError` where it cannot be
+    copied, does not run, or holds no CNN: the message lists its layers with the reasons."""
     copied, original = copy_model(model)[0], dict(model.named_modules())
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-    for wrapper in [m for m in copied.modules() if isinstance(m, nn.DataParallel)]:
-        wrapper.device_ids = []  # run on one device
+    for m in [m for m in copied.modules() if isinstance(m, nn.DataParallel)]:
+        m.device_ids = []  # run on one device
     names, found, left = {m: name for name, m in copied.named_modules()}, list[Prior](), dict[str, str]()
     with evaluating(copied), own_randomness(), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(0)

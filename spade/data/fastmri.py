@@ -164,7 +164,10 @@ def read_slice(volume: Volume, number: int) -> Tensor:
 def filled_slices(volume: Volume) -> list[int]:
     """The slices that hold a signal. One that is zero everywhere is left out, with a warning."""
     with open_hdf5(volume.path) as file:
-        centre = as_complex(file["kspace"][:, :, volume.rows // 2, volume.columns // 2]).numpy()
+        try:
+            centre = as_complex(file["kspace"][:, :, volume.rows // 2, volume.columns // 2]).numpy()
+        except OSError as error:
+            raise ValueError(f"k-space of {volume.path} is damaged ({str(error).splitlines()[0]}).") from None
     empty = [number for number in np.flatnonzero(~centre.any(axis=1)).tolist() if not read_slice(volume, number).any()]
     if empty:
         warnings.warn(f"{volume.path}: slice {str(empty)[1:-1]} is zero everywhere and is left out.", stacklevel=3)

@@ -144,12 +144,20 @@ def test_a_target_needs_its_own_runs_and_no_others(project):
     assert found == {**dict.fromkeys(one, 1), "finetune": 3, "total": 11}
 
 
-def test_without_options_a_target_is_of_the_demo_also_by_a_python_with_a_blank_in_its_path(project):
+def test_without_options_a_target_is_of_the_demo(project):
     small_notebook("figure_1", "from pathlib import Path\nPath(f'{target}.png').touch()")
-    (python := project / "an environment").symlink_to(sys.prefix)
-    done = call("figure_1", python=python / "bin" / "python")
+    done = call("figure_1")
     assert done.returncode == 0 and (project / "outputs" / "demo" / "figure_1.png").is_file(), done.stdout[-3000:]
     assert "workflow specific profile" in done.stdout and "profiles/default" in done.stdout
+
+
+def test_paths_may_have_blanks(project):
+    """Of the project, as everywhere here, of the environment and of the results; by Snakemake itself and papermill."""
+    small_notebook("figure_1", "from pathlib import Path\nPath(f'{target}.png').touch()")
+    (python := project / "an environment").symlink_to(sys.prefix)
+    done = call("figure_1", "my results/data/acquisitions", *arguments("my results"), python=python / "bin" / "python")
+    assert done.returncode == 0 and (project / "my results" / "figure_1.png").is_file(), done.stdout[-3000:]
+    assert list((project / "my results" / "acquisitions").glob("*.h5"))
 
 
 @pytest.mark.parametrize("options, message", [

@@ -330,7 +330,7 @@ def test_import_opens_no_file_but_code_and_no_socket(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch_pruning, accelerate, pandas, matplotlib.pyplot, seaborn, skimage.metrics, h5py, papermill, nbformat
-import yaml, tqdm.auto, pydantic
+import yaml, tqdm.auto, pydantic, torch._dynamo
 seen = []
 def hook(event, arguments):
     if event == "open" or event.startswith("socket."):

@@ -124,7 +124,7 @@ def test_a_gpu_is_waited_for_before_the_clock_starts_and_before_it_stops(monkeyp
 
 def test_iterations_of_a_deq_are_reported():
     torch.manual_seed(0)
-    deq = DEQ(features=4, num_blocks=1, max_iterations=3)
+    deq = DEQ(features=4, num_blocks=1, max_iterations=3, tolerance=0.0)
     frame = measure_latency(
         {"deq": deq, "pruned": prune(deq, 0.40), "varnet": VarNet(1, 4, 1)},
         *paper_inputs((16, 16), 2),

@@ -325,11 +325,9 @@ class DEQ(nn.Module):
     def forward(self, y: Tensor, A: LinearOperator) -> Tensor:
         """The fixed point for `y` (B, coils, H, W); raises `DivergenceError`, `ValueError` for a bad `y`."""
         x, answer, trace = self.search(y, A)
-        if not (trace.converged or self.training or self._warned):
-            self._warned, found = True, f"{trace.residuals[-1].max().item():.1e} after {trace.iterations} applications"
-            warnings.warn(
-                f"relative step of the DEQ must fall below {self.tolerance:g}, got {found} of T.", stacklevel=2
-            )
+        if self.tolerance and not (trace.converged or self.training or self._warned):
+            self._warned, found = True, f"{trace.residuals[-1].max().item():.1e} in {trace.iterations} applications"
+            warnings.warn(f"relative step of the DEQ must fall below {self.tolerance:g}, got {found}.", stacklevel=2)
         if not torch.is_grad_enabled():
             return answer
         self.last_point = x

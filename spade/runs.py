@@ -134,14 +134,14 @@ def file_checksum(path: Path) -> str:
 
 # %% ../nbs/repro/33_runs.ipynb #c018
 def write_record(path: str | Path, record: dict[str, Any], files: Iterable[Path] = ()) -> Path:
-    """Write `record` as JSON with `files`, the checksums of files in its folder by name, and its own `checksum`."""
+    """Write `record` as JSON with the checksums of `files` in its folder, and its own `checksum`."""
     checksums = {file.name: file_checksum(file) for file in sorted(files)}
     content = json.loads(json.dumps({**record, "files": checksums}, default=plain))
     return write_json(path, {**content, "checksum": content_key(content)})
 
 
 def read_record(path: str | Path, suffixes: str | tuple[str, ...] = "") -> dict[str, Any]:
-    """A record without its own checksum. Raises FileNotFoundError, or ValueError if it or a file has changed.
+    """A record; raises FileNotFoundError without it, ValueError if it or one of its files has changed.
 
     `suffixes`: of the files that are checked; "" for all, () for none."""
     path, record = Path(path), read_json(path)
@@ -156,7 +156,7 @@ def read_record(path: str | Path, suffixes: str | tuple[str, ...] = "") -> dict[
 
 # %% ../nbs/repro/33_runs.ipynb #c021
 def data_checksum(path: Path, large: int = 1 << 26) -> str:
-    """`file_checksum` of a data file; above `large` bytes computed once for its path, size and time of change."""
+    """`file_checksum` of a data file; above `large` bytes kept by path, size and time of change."""
     facts = path.stat()
     if facts.st_size <= large:
         return file_checksum(path)
@@ -382,7 +382,7 @@ def run_inputs(run: Run, config: Config, data: str = "", source: Path | None = N
 
 
 def is_complete(run: Run, out: str | Path, inputs: dict) -> bool:
-    """Whether the run was made from these inputs and nothing of it has changed since; warns if something has."""
+    """Whether the run was made from these inputs and is undamaged; warns of a damaged file."""
     try:
         result = read_record(run.folder(out) / "result.json")
     except FileNotFoundError:
@@ -408,7 +408,7 @@ def tidy(table: pd.DataFrame, run: Run, model: str = "", strategy: str | None = 
 
 # %% ../nbs/repro/33_runs.ipynb #c060
 def write_csv(path: str | Path, table: pd.DataFrame, form: str | None = "%.6g") -> Path:
-    """Write a table without its index, compressed for .gz, without time stamp: equal tables are equal files."""
+    """Write a table without its index, compressed for .gz; equal tables are equal files."""
     packed = {"method": "gzip", "mtime": 0} if str(path).endswith(".gz") else None
     settings: dict[str, Any] = {"index": False, "float_format": form, "compression": packed}
     return atomic_write(path, lambda part: table.to_csv(part, **settings))

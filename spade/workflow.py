@@ -137,7 +137,7 @@ def report_key(report: Report) -> str:
 
 # %% ../nbs/repro/36_workflow.ipynb #c034
 def damaged_files(config: Config, out: str | Path) -> dict[str, str]:
-    """The file below `out` that Snakemake tracks of each output with missing or damaged files, and a sentence."""
+    """What Snakemake tracks below `out` of each result with missing or damaged files, and a sentence."""
     folder, sentences, checks = resolve(out), {}, {}
     for run in paper_runs(config).values():
         checks[f"runs/{run.name}/done"] = partial(read_record, run.folder(folder) / "result.json")
@@ -154,7 +154,7 @@ def damaged_files(config: Config, out: str | Path) -> dict[str, str]:
 
 
 def forget_damaged(config: Config, out: str | Path) -> list[str]:
-    """Remove `damaged_files` and the `.done` of what depends on them, so that they are made again; sentences."""
+    """Remove `damaged_files` and the `.done` of all that depends on them; return the sentences."""
     damaged, folder = damaged_files(config, out), resolve(out)
     lost = set(damaged)
     teachers = {f"runs/{run.name}/done": f"runs/{run.teacher.name}/done" for run in paper_runs(config).values()}

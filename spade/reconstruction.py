@@ -62,5 +62,5 @@ def reconstruct(
                 images[number] = scale * model(batch.y, batch.A)[0, 0].abs().numpy(force=True)
         write_volume(target, images, png)
         if progress:
-            print(f"{target}: {volume.slices} slices of {volume.height} x {volume.columns}")
+            print(f"{target.name}: {volume.slices} slices of {volume.height} x {volume.columns}")
     return targets

@@ -67,6 +67,7 @@ def test_each_verb_runs_from_a_folder_without_a_project(folder):
         (("info", "scans/demo_0001.h5"), "demo_0001.h5"),
         (("finetune", "teacher.safetensors", "--data", "scans", "--strategy", "shool", "--out", "x"), "school"),
         (("evaluate", "teacher.safetensors", "--data", "."), "h5"),
+        (("reconstruct", "teacher.safetensors", "--data", "scans", "--out", "scans"), "out must be another folder"),
     ),
 )
 def test_a_wrong_choice_ends_with_one_sentence_and_exit_code_2(folder, arguments, sentence):

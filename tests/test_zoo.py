@@ -58,7 +58,7 @@ def pruned():
 
 def test_the_oracle_accepts_an_exact_student(pruned):
     error, change = zoo.difference(*pruned)
-    assert error < 1e-5 and change > 0.01
+    assert error < 1e-12 and change > 0.01
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def test_the_oracle_sees_another_function(pruned, layer):
     teacher, student, inputs = pruned
     swap(student.get_submodule(layer))
     error, change = zoo.difference(teacher, student, inputs)
-    assert error > 1e-3 * change + 3e-6
+    assert error > 10 * zoo.TOLERANCE
     student.get_submodule(layer).bias.data.mul_(1.1)
     with pytest.raises(AssertionError, match="not found"):
         zoo.difference(teacher, student, inputs)
@@ -83,7 +83,7 @@ def test_the_oracle_sees_channels_cut_at_the_wrong_place():
     student = copy.deepcopy(teacher)
     student[0].weight, student[0].bias = nn.Parameter(teacher[0].weight[:5]), nn.Parameter(teacher[0].bias[:5])
     student[2].weight = nn.Parameter(teacher[2].weight[:, :5])
-    assert zoo.difference(teacher, student, torch.rand(1, 1, 9, 9))[0] < 1e-6
+    assert zoo.difference(teacher, student, torch.rand(1, 1, 9, 9))[0] < 1e-12
     student[2].weight = nn.Parameter(teacher[2].weight[:, 3:])
     assert zoo.difference(teacher, student, torch.rand(1, 1, 9, 9))[0] > 1e-2
 

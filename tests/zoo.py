@@ -1286,9 +1286,6 @@ foreign("deepinv AutoEncoder", "deepinv", lambda d: d.models.AutoEncoder(64, 48,
 foreign("deepinv ADMUNet", "deepinv", lambda d: d.models.ADMUNet(
     16, 1, 1, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(), pretrained=None),
     (image(1, 16), torch.tensor([0.1])))  # fmt: skip
-foreign("deepinv NCSNpp", "deepinv", lambda d: d.models.NCSNpp(
-    img_resolution=16, in_channels=1, out_channels=1, model_channels=32, channel_mult=(1, 2), num_blocks=1,
-    attn_resolutions=(), pretrained=None), (image(1, 16), torch.tensor([0.1])))  # fmt: skip
 foreign("deepinv PDNet block", "deepinv", lambda d: d.models.PDNet_PrimalBlock(), (image(5), image(1)))
 foreign("deepinv SRResNet", "deepinv", lambda d: d.models.SRResNet(pretrained=None), (image(3), 0.1))
 

@@ -13,7 +13,8 @@ import lazy_loader
 __getattr__, __dir__, _ = lazy_loader.attach(  # a submodule is imported when it is first used
     __name__,
     """basics checkpoint config data deepinv examples export figures files finetuning gpu_block latency losses metrics
-    models operators paper plug_and_play pruning random_baseline reconstruction repairing runs tables training workflow""".split(),
+    models operators paper plug_and_play pruning random_baseline reconstruction repairing runs tables training
+    workflow""".split(),
     {
         "checkpoint": ["load", "save"],
         "export": ["describe", "export_onnx", "export_program"],

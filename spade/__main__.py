@@ -38,7 +38,7 @@ def open_network(path: Path) -> Any:
 
 # %% ../nbs/beyond/48_command_line.ipynb #c006
 def open_data(network: Any, folder: Path, training: bool, acceleration: int, scale: int, steps: int = 1) -> Any:
-    """Measurements of a folder: slices of HDF5 files, or, for USRNet, photographs with random or test kernels."""
+    """Measurements of a folder: slices of HDF5 files, or, for USRNet, photographs with blur kernels."""
     if type(network).__name__ != "USRNet":
         from spade.data.fastmri import MultiCoilSlices, find_files
 

@@ -190,7 +190,7 @@ class TrainingRun:
             self.intact = True
 
     def resume(self, path: Path, previous: Path) -> None:
-        """Restore the last state, if any. Raises `ValueError` if it belongs to another run or both are damaged."""
+        """Restore the last state, if any. `ValueError` for another run's, or if both are damaged."""
         if not (paths := [each for each in (path, previous) if each.exists()]):
             return
         try:
@@ -282,7 +282,7 @@ class TrainingRun:
 
 # %% ../nbs/repro/31_resume.ipynb #c033
 def new_accelerator(mixed_precision: str, log_with: str | None = None, folder: str | Path | None = None) -> Accelerator:
-    """An accelerator of this precision ("no", "bf16" or "fp16") with its trackers, which write to `folder`."""
+    """An accelerator of precision "no", "bf16" or "fp16", whose trackers write to `folder`."""
     choose("mixed_precision", mixed_precision, ("no", "bf16", "fp16"))
     found = ", ".join(kind.value for kind in get_available_trackers()) or "none"
     if log_with is not None and (folder is None or log_with not in found.split(", ")):

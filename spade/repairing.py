@@ -26,7 +26,7 @@ Convolution = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def patches(layer: Any, x: Tensor, pixels: Tensor) -> Tensor:
-    """Rows of the least-squares problem of `layer` for its input `(B, C, H, W)`: double `(groups, rows, columns)`."""
+    """Patches that `layer` sees in its input `(B, C, H, W)`: double `(groups, rows, columns)`."""
     kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
     if isinstance(layer, nn.ConvTranspose2d):
         spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride)))
@@ -185,7 +185,7 @@ def repair(
     pixels: int = 2048,  # of each call of a layer
     calls: int = 8,  # of a CNN with shared weights, for each measurement
 ) -> nn.Module:  # a repaired copy, whose `repair_report` has a row per layer
-    """Refit every convolution of the pruned CNNs to the teacher's outputs, without gradients and ground truth.
+    """Refit the convolutions of the pruned CNNs to the teacher's outputs, without ground truth.
 
     Raises `ValueError` without measurements, for a student that was trained, and for unequal networks."""
     batches, repaired = list(measurements), copy.deepcopy(student)

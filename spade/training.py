@@ -283,7 +283,7 @@ class Loop:
         raise FloatingPointError(f"Divergence in step {step + 1} at learning rate {rate:g}. {advice}") from cause
 
     def check(self, batch: Any, cause: Exception) -> None:
-        """Raise if the batch explains the error: by NaN, another precision or, after a divergence, zeros or a unit."""
+        """Raise if the batch explains the error: NaN, another precision, zeros, or another unit."""
         weights, diverged = self.parameters[0].dtype.to_real(), isinstance(cause, (DivergenceError, FloatingPointError))
         for name, tensor in named_tensors(batch):
             check_finite(name, tensor)

@@ -543,3 +543,61 @@ def test_the_paper_networks_with_and_without_the_check():
     students = [prune(teacher, 0.40, check=check) for check in (True, False)]
     assert students[0].pruning_report.groups == students[1].pruning_report.groups
     assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters()))
+
+
+class GradientStep(nn.Module):
+    """A denoiser that is the gradient of an energy (GS-DRUNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.cnn = nn.Sequential(conv(1, N), nn.ELU(), conv(N, N), nn.ELU(), conv(N, 1))
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            residual = x - self.cnn(x)
+            return x - torch.autograd.grad(residual.square().sum() / 2, x)[0]
+
+
+def test_a_network_that_computes_a_gradient():
+    net = GradientStep().eval()
+    student = prune(net, 0.40, [(net, image(), [])])
+    assert (student.cnn[0].out_channels, student.cnn[2].out_channels, student.cnn[4].out_channels) == (9, 9, 1)
+    report = student.pruning_report
+    assert report.macs_before > 2 * report.macs_after > 2 * 64 * (9 * 9 + 81 * 9 + 81)  # both passes count
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        lambda net: torch.compile(net, backend="eager"),
+        torch.fx.symbolic_trace,
+        lambda net: net.to(memory_format=torch.channels_last),
+        lambda net: net.requires_grad_(False).train(),
+    ],
+    ids=["DataParallel", "compile", "fx", "channels_last", "frozen"],
+)
+def test_wrapped_networks(wrap):
+    net = wrap(nn.Sequential(conv(1, N), nn.ReLU(), conv(N, N), nn.ReLU(), conv(N, 1)).eval())
+    with torch.inference_mode():
+        student = prune(net, 0.40, [(net, image(), [])])
+    assert sorted(m.out_channels for m in student.modules() if isinstance(m, nn.Conv2d)) == [1, 9, 9]
+    assert [p.requires_grad for p in student.parameters()] == [p.requires_grad for p in net.parameters()]
+
+
+def test_inputs_find_the_cnns():
+    class Unrolled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cnn, self.step = (
+                nn.Sequential(conv(1, N), nn.ReLU(), conv(N, N), conv(N, 1)),
+                nn.Parameter(torch.ones(())),
+            )
+
+        def forward(self, y, A):
+            return y - self.step * A(A(y) - y) - self.cnn(y)
+
+    net = Unrolled().eval()
+    assert prune(net, 0.40, inputs=(image(), nn.Identity())).cnn[0].out_channels == 9
+    assert prune(net, 0.40, inputs=dict(y=image(), A=nn.Identity()), ignored_layers=["cnn.0"]).cnn[0].out_channels == N

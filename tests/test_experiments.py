@@ -436,7 +436,8 @@ def test_a_run_of_super_resolution_has_no_acceleration():
 def test_settings_of_strategy_and_loop():
     config = load_config("smoke")
     assert strategy_settings(config, Run("usrnet", ratio=0.4, strategy="self-supervised"))["rotations"] == "right"
-    assert strategy_settings(config, Run("varnet", ratio=0.4, strategy="self-supervised"))["rotations"] == "any"
+    angles = load_config("smoke", {"self_supervised.rotations": "any"})
+    assert strategy_settings(angles, Run("varnet", ratio=0.4, strategy="self-supervised"))["rotations"] == "any"
     with pytest.raises(ValueError, match="choose one of school"):
         strategy_settings(load_config("cbsd68"), Run("usrnet", ratio=0.4, strategy="supervised"))
     training = load_config("cbsd68").networks["usrnet"].finetuning["school"].at(0.05)

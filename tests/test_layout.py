@@ -50,7 +50,7 @@ def number(path: Path) -> int:
 def export_of(source: str) -> str | None:
     """The module after `#| export`, "" for the notebook's own, None for a cell that is not exported."""
     found = re.search(r"(?m)^#\| *exports?\b *([\w.]*)", source)
-    return found and found[1]
+    return found and found[1].removesuffix(".__init__")
 
 
 def tree_of(source: str) -> ast.Module:

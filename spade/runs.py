@@ -441,7 +441,7 @@ def provenance(config: Config | None = None, **facts: Any) -> dict[str, Any]:
     """What made a result: `facts`, the commit, versions, the device and the configuration."""
     command = "git describe --always --dirty=+changes --abbrev=12 --exclude=*"  # "+changes": tracked files differ
     done = subprocess.run(command, shell=True, cwd=project_root(), capture_output=True, text=True)
-    packages = ("torch", "torch-pruning", "accelerate", "numpy", "scikit-image", "h5py")
+    packages = ("torch", "accelerate", "numpy", "scikit-image", "h5py")
     versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}
     device = pick_device(config.device if config else "auto")
     processor = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"

@@ -93,7 +93,7 @@ def check_reference(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def own_terms(model: Any, *arguments: Any) -> Any:
-    """What `model.stability(x_hat, y, A, x, loss, generator)` adds to a loss in training; 0 without it."""
+    """What `model.stability(x_hat, y, A, x, loss, generator)` adds to eqs. 7 and 8 in training; 0 without it."""
     return model.stability(*arguments) if getattr(model, "stability", None) and model.training else 0
 
 
@@ -196,7 +196,7 @@ def self_supervised_loss(
 ) -> Tensor:
     """Eq. 9: data fidelity plus `weight` times equivariance."""
     A_model, x_hat = model_operator(model, y, A), model(y, A)
-    loss = data_fidelity(x_hat, y, A_model) + own_terms(model, x_hat, y, A, None, l1, generator)
+    loss = data_fidelity(x_hat, y, A_model)
     if not weight:
         return loss
     rotation = draw_rotation(rotations, x_hat, generator, not x_hat.is_complex() if flips is None else flips)
@@ -218,8 +218,7 @@ def split_loss(model: Callable, y: Tensor, A: Any, generator: torch.Generator, s
     part, A_given = y * given, A.with_mask(given)
     A_model: Any = model_operator(model, part, A_given)
     x_hat = model(part, A_given)
-    loss = data_fidelity(x_hat, part, A_model) + data_fidelity(x_hat, y * held, A_model.with_mask(held))
-    return loss + own_terms(model, x_hat, part, A_given, None, l1, generator)
+    return data_fidelity(x_hat, part, A_model) + data_fidelity(x_hat, y * held, A_model.with_mask(held))
 
 # %% ../nbs/07_losses.ipynb #c071
 def hold_out(data: Iterable, share: float = 0.1, seed: int = 0) -> tuple[list[Any], Callable[[nn.Module], float]]:

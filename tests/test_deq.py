@@ -419,9 +419,7 @@ def test_a_search_without_convergence_warns_once_and_only_in_evaluation():
     y, A = problem(dtype=torch.complex64)
     model = DEQ(features=4, num_blocks=1, max_iterations=2)
     model.train()(y, A)
-    with pytest.warns(
-        UserWarning, match=r"relative step of the DEQ must fall below 0.0001, got .* in 2 applications"
-    ):
+    with pytest.warns(UserWarning, match=r"relative step of the DEQ must fall below 0.0001, got .* in 2 applications"):
         model.eval()(y, A)
     model(y, A)  # a second warning would be an error
     fixed = DEQ(features=4, num_blocks=1, max_iterations=2, tolerance=0.0).eval()
@@ -461,16 +459,16 @@ def test_rate_along_the_residual_is_that_of_the_slow_mode():
 def test_stability_is_zero_for_a_contraction_and_pulls_a_slow_step_back(gradient):
     y, A = problem()
     model = tiny(gradient=gradient, contraction=0.999).train()
-    assert model.stability(model(y, A), y, A, None, torch.dist) == 0
+    assert model.stability(model(y, A), y, A, A.adjoint(y), torch.dist) == 0
     model.contraction = 0.1
-    term = model.stability(model(y, A), y, A, None, torch.dist)
+    term = model.stability(model(y, A), y, A, A.adjoint(y), torch.dist)
     term.backward()
     assert term > 0 and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     before = term.item()
     with torch.no_grad():
         for p in model.parameters():
             p.grad is None or p.sub_(1e-3 * p.grad / max(p.grad.norm().item(), 1e-12))
-    assert model.stability(model(y, A), y, A, None, torch.dist).item() < before
+    assert model.stability(model(y, A), y, A, A.adjoint(y), torch.dist).item() < before
 
 
 def test_target_term_is_zero_only_for_a_step_that_rests_at_the_target():
@@ -482,7 +480,7 @@ def test_target_term_is_zero_only_for_a_step_that_rests_at_the_target():
     assert target_term(lambda x: x / 2 + 1, found, target, torch.dist, None) > 0
 
 
-def test_stability_needs_no_target_and_leaves_the_network_as_it_is_by_default():
+def test_stability_is_nothing_by_default_and_has_the_weight_of_its_second_term():
     y, A = problem()
     model = tiny().train()
     assert model.stability(model(y, A), y, A, A.adjoint(y), torch.dist) == 0
@@ -493,7 +491,6 @@ def test_stability_needs_no_target_and_leaves_the_network_as_it_is_by_default():
         lambda x: model.step(x, y, A), x_hat, A.adjoint(y), torch.dist, torch.Generator().manual_seed(0)
     )
     assert found.item() == pytest.approx(2 * expected.item())
-    assert model.stability(x_hat, y, A, None, torch.dist) == 0
 
 
 # --- the support of the coil maps ---------------------------------------------------------------------------

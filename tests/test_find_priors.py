@@ -334,3 +334,13 @@ def test_deepinv():
     for model in (d.models.MoDL(two, 2), d.models.VarNet(two, num_cascades=2)):
         ((_, stay),) = named(model, (y, physics)).items()
         assert stay[0].endswith("out_conv") and len(stay) == 1
+
+
+def test_a_cnn_that_is_ignored_as_a_whole_stays_and_the_others_are_cut():
+    y, A, _ = brain()
+    model = E2EVarNet(num_cascades=1, channels=4, num_pools=1, sens_channels=2, sens_num_pools=1).eval()
+    report = prune(model, 0.4, inputs=(y, A), ignored_layers=["sens_net.*"]).pruning_report
+    assert report.groups and all(group.name.startswith("cascades.0") for group in report.groups)
+    assert any(name.startswith("sens_net") for name in report.kept)
+    with pytest.raises(ValueError, match="in ignored_layers"):
+        prune(model, 0.4, inputs=(y, A), ignored_layers=["*"])

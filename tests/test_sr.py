@@ -3,15 +3,20 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import spade
+import spade.metrics
 from spade.basics import Batch
 from spade.models import CARN, ESRB, IMDN, NETWORKS, LatticeNet, UpEDSR, build, network_name
 from spade.models.sr_peers import TABLE_2, peer_table
+from spade.operators import Bicubic, adjoint_error, resize_matrix
 from spade.pruning import count_macs, count_parameters
+from spade.y_channel import cubic_enlarged, evaluate_luminance, matlab_resize, reduced_batch
 
 WEIGHTS = Path(__file__).resolve().parents[1].parent / "shared/data/weights"
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason=f"published weights are missing: put them in {WEIGHTS}")
@@ -212,3 +217,96 @@ TINY = UpEDSR(2, features=4, num_blocks=1)
 
 def test_esrb_works_from_15_pixels_on():
     assert ESRB(2, features=8, num_blocks=1, esa=4)(photo(1, 3, 15, 15), Scale(2)).shape == (1, 3, 30, 30)
+
+
+# Degradation and judgement
+
+NATURAL, SET5_LR = (WEIGHTS.parent / folder for folder in ("natural/Set5", "sr/Set5_LR"))
+needs_set5 = pytest.mark.skipif(not SET5_LR.is_dir(), reason=f"Set5 is missing: put it in {NATURAL} and {SET5_LR}")
+
+
+def read_8_bit(path):
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+@needs_set5
+@pytest.mark.parametrize("scale", (2, 3, 4))
+def test_the_reduction_is_matlabs_to_the_last_bit(scale):
+    for path in sorted(NATURAL.glob("*.bmp")):
+        expected, x = read_8_bit(SET5_LR / f"{path.stem}x{scale}.bmp"), read_8_bit(path)
+        height, width = (side // scale * scale for side in x.shape[-2:])
+        assert torch.equal(matlab_resize(x[:, :height, :width], 1 / scale), expected), path.stem
+        assert torch.equal((255 * reduced_batch(x / 255, scale).y[0]).round().byte(), expected)
+
+
+SET5 = {  # PSNR and SSIM of Y, mean over the five pictures
+    "bicubic": {2: (33.678, 0.9304), 3: (30.404, 0.8690), 4: (28.431, 0.8113)},
+    "IMDN": {2: (37.996, 0.9605), 3: (34.360, 0.9270), 4: (32.210, 0.8948)},
+    "LatticeNet": {2: (38.061, 0.9607), 3: (34.397, 0.9272), 4: (32.181, 0.8943)},
+    "CARN-M": {2: (37.678, 0.9595), 3: (34.058, 0.9248), 4: (31.883, 0.8910)},
+}
+
+
+@needs_set5
+@needs_weights
+@pytest.mark.parametrize("scale", (2, 3, 4))
+def test_published_networks_reach_their_published_scores_on_set5(scale):
+    batches = [reduced_batch(read_8_bit(path) / 255, scale, path.stem) for path in sorted(NATURAL.glob("*.bmp"))]
+    models = {
+        "bicubic": cubic_enlarged,
+        "IMDN": IMDN.from_published(WEIGHTS / f"imdn_x{scale}.pth"),
+        "LatticeNet": LatticeNet.from_published(WEIGHTS / f"latticenet_x{scale}.pt"),
+        "CARN-M": CARN.from_published(WEIGHTS / "carn_m.pth", scale),
+    }
+    for name, model in models.items():
+        table, (decibel, similarity) = evaluate_luminance(model, batches), SET5[name][scale]
+        assert table.psnr.mean() == pytest.approx(decibel, abs=0.005), name
+        assert table.ssim.mean() == pytest.approx(similarity, abs=1e-4), name
+
+
+def test_reduction_of_one_axis_by_hand():
+    """Keys' kernel at distances 1/4, 3/4, 5/4 and 7/4 for a reduction by two, mirrored at the edge."""
+    row = torch.tensor([-3.0, -9, 29, 111, 111, 29, -9, -3], dtype=torch.float64) / 256
+    matrix = resize_matrix(12, 6)
+    assert torch.equal(matrix[2, 1:9], row) and matrix[2].count_nonzero() == 8
+    mirrored = row[3:].clone()  # pixels 0 to 4 of the first row; 2, 1, 0 fold back from -3, -2, -1
+    mirrored[:3] += row[:3].flip(0)
+    assert torch.allclose(matrix[0, :5], mirrored)
+
+
+def test_enlarging_repeats_a_constant_and_keeps_8_bits():
+    image = torch.full((3, 7, 9), 200, dtype=torch.uint8)
+    assert torch.equal(matlab_resize(image, 3), torch.full((3, 21, 27), 200, dtype=torch.uint8))
+    edge = torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(8).expand(1, 16, 16)
+    assert matlab_resize(edge, 2).min() == 0 and matlab_resize(edge, 2).max() == 255  # overshoot is clipped
+
+
+def test_training_on_reduced_photographs():
+    torch.manual_seed(4)
+    model, batch = UpEDSR(2, features=8, num_blocks=1), reduced_batch(photo(3, 24, 30), 2, "noise")
+    before = evaluate_luminance(model, [batch]).psnr[0]
+    spade.finetune(model, [batch], strategy="supervised", steps=60, learning_rate=3e-3)
+    assert evaluate_luminance(model, [batch]).psnr[0] > before + 3
+    assert set(spade.metrics.evaluate(model, [batch], progress=False)) >= {"psnr", "ssim", "scale"}
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    (
+        (lambda: Bicubic(2.5), ValueError, "scale must be a whole number of at least 1, got 2.5"),
+        (lambda: Bicubic(3)(photo(1, 3, 9, 10)), ValueError, r"multiples of 3, got \(9, 10\)"),
+        (lambda: Bicubic(3)(photo(3, 9, 9)), ValueError, "image must have shape"),
+        (lambda: matlab_resize(photo(3, 8, 8), 0.5), TypeError, "image must be uint8, got torch.float32"),
+        (lambda: matlab_resize(torch.zeros(8, 8, dtype=torch.uint8), 0), ValueError, "scale must be positive, got 0"),
+        (lambda: UpEDSR(2)(photo(1, 3, 8, 8), Bicubic(3)), ValueError, "A.scale must be 2, that of the network, got 3"),
+    ),
+)
+def test_bad_measurements_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("scale", (2, 3, 4))
+def test_the_operator_is_linear_with_an_exact_adjoint_in_single_precision(scale):
+    A, x, y = Bicubic(scale), photo(1, 3, 6 * scale, 5 * scale) - 0.5, photo(1, 3, 6, 5, seed=1) - 0.5
+    assert adjoint_error(A, x, y) < 1e-5 and adjoint_error(A, x.double(), y.double()) < 1e-13

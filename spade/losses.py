@@ -93,7 +93,7 @@ def check_reference(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def own_terms(model: Any, *arguments: Any) -> Any:
-    """What `model.stability(x_hat, y, A, x, loss, generator)` adds to eqs. 7 and 8 in training; 0 without it."""
+    """What `model.stability(...)` adds to eqs. 7 and 8 in training; 0 without it."""
     return model.stability(*arguments) if getattr(model, "stability", None) and model.training else 0
 
 

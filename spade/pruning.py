@@ -847,7 +847,7 @@ class PruningReport:
 
 # %% ../nbs/06_pruning.ipynb #c072
 def without_ignored(found: list[tuple[str, nn.Module, Any, list]]) -> tuple[list, dict[str, str]]:
-    """The CNNs that are not ignored as a whole, unless all are, and the layers of the others with the reason."""
+    """The CNNs that are not ignored as a whole, unless all are, and the layers of the others."""
     whole = lambda entry: all(m in set(entry[3]) for m in entry[1].modules() if isinstance(m, PRUNABLE))
     left = [entry for entry in found if not whole(entry)] or found
     names = [f"{e[0]}.{n}" for e in found if e not in left for n, m in e[1].named_modules() if isinstance(m, PRUNABLE)]

@@ -123,10 +123,11 @@ def test_channels_before_a_shuffle_go_with_the_channel_behind_it(scale, enlarged
     for group in student.pruning_report.groups:
         for name, side in group.layers:
             layer = zeroed.get_submodule(name)
-            if side == "out" and isinstance(layer, nn.Conv2d):
-                share = layer.out_channels // group.before  # scale² before a shuffle
-                lost = [k * share + i for k in group.removed for i in range(share)]
-                layer.weight.data[lost], layer.bias.data[lost] = 0, 0
+            if side == "out":
+                layer.weight.data[list(group.removed)], layer.bias.data[list(group.removed)] = 0, 0
+        block = group.before // 16  # 1, or s² for the layer before a shuffle by s
+        lost = {k // block for k in group.removed}
+        assert sorted(group.removed) == [k * block + i for k in sorted(lost) for i in range(block)] and len(lost) == 4
     y = photo(2, 3, 9, 11)
     assert (student(y) - zeroed(y)).abs().max() < 1e-6 < (student(y) - teacher(y)).abs().max()
 

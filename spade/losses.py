@@ -93,7 +93,7 @@ def check_reference(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def own_terms(model: Any, *arguments: Any) -> Any:
-    """What `model.stability(...)` adds to eqs. 7 and 8 in training; 0 without it."""
+    """What `model.stability(...)` adds to eqs. 7 to 9 in training; 0 without it."""
     return model.stability(*arguments) if getattr(model, "stability", None) and model.training else 0
 
 
@@ -196,7 +196,7 @@ def self_supervised_loss(
 ) -> Tensor:
     """Eq. 9: data fidelity plus `weight` times equivariance."""
     A_model, x_hat = model_operator(model, y, A), model(y, A)
-    loss = data_fidelity(x_hat, y, A_model)
+    loss = data_fidelity(x_hat, y, A_model) + own_terms(model, x_hat, y, A, None, l1, generator)
     if not weight:
         return loss
     rotation = draw_rotation(rotations, x_hat, generator, not x_hat.is_complex() if flips is None else flips)

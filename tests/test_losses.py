@@ -726,14 +726,14 @@ def test_a_network_may_add_its_own_terms_in_training_only():
         strategy, model = make_strategy(**chosen, teacher=Seeing()), Own()
         with_terms = strategy(model.train(), batch, torch.Generator().manual_seed(0))
         plain = strategy(model.eval(), batch, torch.Generator().manual_seed(0))
-        assert with_terms.item() == pytest.approx(plain.item() + 10 * (name not in SELF_SUPERVISED))
+        assert with_terms.item() == pytest.approx(plain.item() + 10 * (name != "split"))
     for x_hat, y, A, x, loss, generator in arguments:
-        assert torch.equal(x_hat, A.adjoint(y)) and x.shape == x_hat.shape and callable(loss)
-    assert len(arguments) == 2, "only losses with a target"
+        assert torch.equal(x_hat, A.adjoint(y)) and callable(loss)
+    assert [given[3] is not None for given in arguments] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("name", ["supervised", "school"])
-def test_the_terms_of_deq_reach_the_losses_with_a_target(name):
+@pytest.mark.parametrize("name", ["supervised", "school", "self-supervised"])
+def test_the_terms_of_deq_reach_eqs_7_to_9(name):
     batch = make_batch()
     losses = []
     for contraction in (None, 0.01):

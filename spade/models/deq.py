@@ -339,14 +339,14 @@ class DEQ(nn.Module):
         return self.search(y, A, keep_images=record)[1:]
 
     def stability(
-        self, x_hat: Tensor, y: Tensor, A: LinearOperator, target: Tensor, loss: Callable, generator: Any = None
+        self, x_hat: Tensor, y: Tensor, A: LinearOperator, target: Tensor | None, loss: Callable, generator: Any = None
     ) -> Tensor:
-        """Both terms for training towards `target`, at the answer `x_hat` of the last search."""
+        """Both terms for training at the answer `x_hat` of the last search; the first without a `target`."""
         step, total = lambda x: self.step(x, y, A), x_hat.real.new_zeros(())
         if self.contraction is not None:
             answer = x_hat if self.gradient == "jacobian-free" else step(self.last_point)
             total = (contraction_rate(step, self.last_point, answer) - self.contraction).clamp_min(0).square().mean()
-        if self.target_weight:
+        if self.target_weight and target is not None:
             total = total + self.target_weight * target_term(step, x_hat, target, loss, generator)
         return total
 

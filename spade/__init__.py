@@ -14,7 +14,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(  # a submodule is imported when it
     __name__,
     """basics checkpoint config data deepinv examples export figures files finetuning gpu_block latency losses metrics
     models operators paper plug_and_play pruning random_baseline reconstruction repairing runs tables training
-    workflow""".split(),
+    workflow y_channel""".split(),
     {
         "checkpoint": ["load", "save"],
         "export": ["describe", "export_onnx", "export_program"],

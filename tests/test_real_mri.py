@@ -19,7 +19,7 @@ from spade.operators import MultiCoilMRI, fft2c, ifft2c
 
 FULLY_SAMPLED = {"brain_t1_4ch_ge": 4, "brain_t1_4ch_mprage": 4, "brain_16ch_96": 16, "heart_cine_10ch": 10}
 NETWORKS = {
-    "deq": lambda: DEQ(features=8, num_blocks=1, max_iterations=20, gradient="jacobian-free"),
+    "deq": lambda: DEQ(features=8, num_blocks=1, max_iterations=20, tolerance=0.001, gradient="jacobian-free"),
     "varnet": lambda: VarNet(2, 6, 2),
     "e2e-varnet": lambda: E2EVarNet(2, 6, 2, 4, 2),
 }

@@ -113,10 +113,10 @@ def read_volume_header(path: str | Path) -> Volume:
     """Read the header of a file; raises `ValueError` where it is not as fastMRI writes it."""
     with open_hdf5(path) as file:
         slices, coils, rows, columns = kspace_shape(file)
-        header = dataset_of(file, "ismrmrd_header")[()] if "ismrmrd_header" in file else b"<header/>"
+        stored = dataset_of(file, "ismrmrd_header") if "ismrmrd_header" in file else None
         try:
-            numbers = header_numbers(header)
-        except (ElementTree.ParseError, ValueError, TypeError, AttributeError) as error:
+            numbers = header_numbers(b"<header/>" if stored is None else stored[()])
+        except (ElementTree.ParseError, OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"the ismrmrd_header in {path} is not valid XML of the ISMRMRD kind ({error}).") from None
         lines = 0 <= numbers.get("centre", 0) <= numbers.get("last", columns)
         if not lines or numbers.get("height", 1) < 1 or numbers.get("coils", coils) != coils:

@@ -1179,12 +1179,13 @@ def fold_norms_of_weights(module: nn.Module) -> list[Callable[[], object]]:
             if found not in NORMS_OF_WEIGHTS or len(norms) > 1:
                 raise ValueError(f"{name!r} must have plain weights, weight norms or spectral norms, got a {found}")
             remove, norm_again, options = NORMS_OF_WEIGHTS[found]
-            kind, sizes = type(layer), {name: float(p.detach().norm()) for name, p in layer.named_parameters()}
+            kind, before = type(layer), {name: p.detach().clone() for name, p in layer.named_parameters()}
             if remove is parametrize.remove_parametrizations:  # in the layer's own class, not that of the teacher
                 layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             remove(layer, key)
-            size = float(getattr(layer, key).detach().norm())
-            scale = sizes.get(f"{key}_orig", sizes.get(f"parametrizations.{key}.original", size)) / size
+            plain = getattr(layer, key).detach()
+            original = before.get(f"{key}_orig", before.get(f"parametrizations.{key}.original", plain))
+            scale = float((original * plain).sum() / plain.square().sum().clamp(min=1e-30))  # negative for some
             put_back.append(partial(again, layer, key, norm_again, scale, {n: getattr(norm, n) for n in options}))
     return put_back
 

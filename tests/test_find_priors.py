@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign import load
+from small_networks import Net
 from torch import nn
 
 from spade import find_priors, prune
@@ -18,19 +19,6 @@ W = 8
 conv = lambda a, b, size=3: nn.Conv2d(a, b, size, padding=size // 2)
 cnn = lambda a=1, b=1: nn.Sequential(conv(a, W), nn.ReLU(), conv(W, W), nn.ReLU(), conv(W, b))
 image = lambda channels=1, size=8: torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0))
-
-
-class Net(nn.Module):
-    """Named layers and a forward function `f(net, *inputs)`."""
-
-    def __init__(self, f, **layers):
-        super().__init__()
-        self.f = f
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *inputs, **keywords):
-        return self.f(self, *inputs, **keywords)
 
 
 def named(model, inputs):

@@ -1,5 +1,6 @@
 """The simulator: what it writes, who can read it, what it keeps, what it refuses."""
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from spade.basics import seeded
+from spade.data.fastmri import read_volume_header
 from spade.data.phantom import (
     Scan,
     acquire,
     coil_maps,
     draw_subject,
     head_tissues,
+    is_intact,
     load_tissue,
     object_level,
     open_images,
@@ -44,7 +47,7 @@ def test_layout_is_fastmris(files):
     with h5py.File(files[0]) as file:
         assert file["kspace"].shape == (2, 3, 64, 40) and file["kspace"].dtype == np.complex64
         assert file["reconstruction_rss"].shape == (2, 32, 40) and file["reconstruction_rss"].dtype == np.float32
-        assert file.attrs["acquisition"] == "AXT2" and file.attrs["max"] == pytest.approx(
+        assert file.attrs["acquisition"] == b"AXT2" and file.attrs["max"] == pytest.approx(
             file["reconstruction_rss"][()].max()
         )
         assert file.attrs["norm"] == pytest.approx(np.linalg.norm(file["reconstruction_rss"][()]))
@@ -185,7 +188,7 @@ def test_images_of_every_kind_keep_their_magnitude(tmp_path, kind):
     files = simulate(tmp_path / "out", None, None, shape=None, num_coils=3, snr=1e6, images=path, progress=False)
     assert [file.name for file in files] == ["own_0.h5", "own_1.h5"]
     with h5py.File(files[1]) as file:
-        assert file["kspace"].shape == (2, 3, 68, 27) and file.attrs["patient_id"] == "1"
+        assert file["kspace"].shape == (2, 3, 68, 27) and file.attrs["patient_id"] == b"1"
         found = torch.from_numpy(file["reconstruction_rss"][()])
     inside = torch.from_numpy(values[2:] > 0.5)
     sensitivity = found[inside] / torch.from_numpy(values[2:]).float()[inside]
@@ -284,3 +287,18 @@ def test_the_name_of_the_files_is_the_callers_with_own_images_too(tmp_path):
         assert np.array_equal(contents(one), contents(other)), "a name changes no number"
     (drawn,) = simulate(tmp_path, 1, 1, shape=(32, 32), num_coils=2, progress=False)
     assert drawn.name == "demo_0000.h5"
+
+
+def test_text_has_fixed_length_and_variable_length_is_read_too(files, tmp_path):
+    """HDF5's heap of variable-length text has no checksum; files written with it are kept and read."""
+    assert b"GCOL" not in files[0].read_bytes()
+    older = Path(shutil.copy(files[0], tmp_path / "older.h5"))
+    with h5py.File(older, "a") as file:
+        header = file["ismrmrd_header"][()].decode()
+        del file["ismrmrd_header"]
+        file["ismrmrd_header"] = header
+        for name in ("acquisition", "patient_id", "spade_key", "spade_digest"):
+            file.attrs[name] = file.attrs[name].decode()
+        key = file.attrs["spade_key"]
+    assert b"GCOL" in older.read_bytes() and is_intact(older, key)
+    assert read_volume_header(older)._replace(path=files[0]) == read_volume_header(files[0])

@@ -8,8 +8,8 @@ __all__ = ['ASSETS', 'TISSUE_STEP', 'LATTICE', 'LATTICE_STEP', 'BRAIN_EDGE', 'RE
            'draw_lesions', 'draw_subject', 'brain_tissues', 'step_up', 'outer_layers', 'lesion_fraction',
            'head_tissues', 'texture', 'vessels', 'magnitude_image', 'smooth_phase', 'coil_loops', 'biot_savart',
            'coil_maps', 'Scan', 'check_scan', 'centred_fft', 'centre_fit', 'object_level', 'acquire', 'ismrmrd_header',
-           'open_hdf5', 'header_digest', 'is_intact', 'Acquisition', 'write_acquisition', 'simulate_slices',
-           'find_dataset', 'image_labels', 'Images', 'open_images', 'read_own_images', 'resize',
+           'open_hdf5', 'attribute', 'header_digest', 'is_intact', 'Acquisition', 'write_acquisition',
+           'simulate_slices', 'find_dataset', 'image_labels', 'Images', 'open_images', 'read_own_images', 'resize',
            'simulate_image_slices', 'image_acquisitions', 'drawn_acquisitions', 'simulate']
 
 # %% ../../nbs/data/22_phantom.ipynb #c003
@@ -328,10 +328,17 @@ def open_hdf5(path: str | Path, expected: str = "a fastMRI multi-coil HDF5 file"
         raise ValueError(f"{path} {fault}.") from None
 
 # %% ../../nbs/data/22_phantom.ipynb #c076
+def attribute(file: h5py.File, name: str) -> str:
+    """An attribute of the file as text, of fixed or variable length; "" for none."""
+    value = file.attrs.get(name, "")
+    text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+    return "" if isinstance(value, h5py.Empty) else text
+
+
 def header_digest(file: h5py.File) -> str:
     """A digest of what a reader takes from the header and the attributes of a file."""
-    about = (str(file.attrs.get(name)) for name in ("patient_id", "acquisition", "spade_key"))
-    return content_key(*about, file["ismrmrd_header"][()])
+    about = (attribute(file, name) for name in ("patient_id", "acquisition", "spade_key"))
+    return content_key(*about, bytes(file["ismrmrd_header"][()]))
 
 
 def is_intact(path: Path, key: str) -> bool:
@@ -348,7 +355,7 @@ def is_intact(path: Path, key: str) -> bool:
             raise FileExistsError(f"{path} is not the simulator's: it is not replaced, choose another folder or name.")
         try:
             finite = all(np.isfinite(one).all() for name in ("kspace", "reconstruction_rss") for one in file[name])
-            found = file.attrs.get("spade_key"), file.attrs.get("spade_digest")
+            found = attribute(file, "spade_key"), attribute(file, "spade_digest")
             return finite and found == (key, header_digest(file))
         except (OSError, KeyError, TypeError, ValueError):  # a checksum that fails
             return False
@@ -373,10 +380,12 @@ def write_acquisition(path: Path, job: Acquisition) -> Path:
         with h5py.File(part, "w", libver="latest") as file:  # whose metadata have checksums
             for name, values in (("kspace", kspace.numpy()), ("reconstruction_rss", rss)):
                 file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]), fletcher32=True)
-            file["ismrmrd_header"] = ismrmrd_header(scan.shape, scan.num_coils, scan.oversampling)
-            about = dict(acquisition="AXT2", patient_id=job.patient_id, spade_key=job.key, spade_simulated=True)
-            file.attrs.update(about, max=np.max(rss), norm=np.linalg.norm(rss))
-            file.attrs["spade_digest"] = header_digest(file)
+            header = ismrmrd_header(scan.shape, scan.num_coils, scan.oversampling)
+            file["ismrmrd_header"] = np.bytes_(header.encode())  # of fixed length, as all text
+            about = dict(acquisition="AXT2", patient_id=job.patient_id, spade_key=job.key)
+            file.attrs.update({name: np.bytes_(text.encode()) for name, text in about.items()}, spade_simulated=True)
+            file.attrs.update(max=np.max(rss), norm=np.linalg.norm(rss))
+            file.attrs["spade_digest"] = np.bytes_(header_digest(file).encode())
 
     return path if is_intact(path, job.key) else atomic_write(path, write)
 

@@ -18,6 +18,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
+sys.path.insert(0, str(NOTEBOOKS.parent / "workflow" / "scripts"))
+from run_notebook import own_sockets  # noqa: E402
+
 SETTINGS = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
@@ -75,7 +78,11 @@ def check(path: Path) -> tuple[Path, float, list[str]]:
     os.environ.update(SETTINGS)
     os.environ.pop("MPLBACKEND", None)  # the kernel chooses the backend that shows pictures
     client = NotebookClient(
-        fresh, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        fresh,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        config=own_sockets(),
     )
     try:
         client.execute()

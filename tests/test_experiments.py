@@ -63,7 +63,8 @@ def papermill(
     parameters = yaml.safe_dump({**run_parameters(run, load_config(config), str(out), data), **more})
     executed, notebook = run.folder(out) / "run.ipynb", f"nbs/experiments/{run.notebook}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "papermill", notebook, executed, "-y", parameters, "--no-progress-bar"]
+    command = [sys.executable, "workflow/scripts/run_notebook.py", notebook, executed, "-y", parameters]
+    command += ["--no-progress-bar"]
     quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
     environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from execute_notebooks import own_sockets
 from made_up_results import add_photo_runs, made, write_latency, write_photo_run, write_run
 from nbclient import NotebookClient
 from PIL import Image
@@ -152,7 +153,7 @@ def test_all_figures_of_a_notebook_are_shown(tmp_path):
     notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "python3"}
     environment = {key: value for key, value in figures_environment().items() if key != "MPLBACKEND"}
     resources = {"metadata": {"path": str(OUTPUTS.parent)}}
-    NotebookClient(notebook, timeout=300, resources=resources).execute(env=environment)
+    NotebookClient(notebook, timeout=300, resources=resources, config=own_sockets()).execute(env=environment)
     pictures = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in notebook.cells]
     assert pictures == [0, 1, 1, 1]
 

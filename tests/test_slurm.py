@@ -166,7 +166,7 @@ def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
     logged = "".join(
         path.read_text(encoding="utf-8") for path in (tmp_path / ".snakemake" / "slurm_logs").rglob("*.log")
     )
-    assert "papermill nbs/experiments/figure_1.ipynb" in logged and "config: smoke" in logged, logged[-2000:]
+    assert "run_notebook.py nbs/experiments/figure_1.ipynb" in logged and "config: smoke" in logged, logged[-2000:]
     assert "image = open('no such image')" in logged
     for run in (student.teacher, student):
         assert (tmp_path / "out" / "runs" / run.name / "done").is_file()

@@ -193,7 +193,7 @@ def test_acquisitions_of_the_user_are_not_taken_for_photographs(project):
         "out/runs/usrnet-teacher-seed0/done", "out/runs/deq-R6-teacher-seed0/done", "-n", "-p", *arguments("out")
     )
     calls = {
-        name: next(line for line in printed.splitlines() if "papermill" in line and f"network: {name}," in line)
+        name: next(line for line in printed.splitlines() if "run_notebook.py" in line and f"network: {name}," in line)
         for name in ("usrnet", "deq")
     }
     assert "acquisitions" not in calls["usrnet"] and "data: out/acquisitions" in calls["deq"]
@@ -327,7 +327,7 @@ def test_a_failing_job_names_notebook_parameters_and_cell_and_the_others_go_on(p
         "2",
     )
     printed = done.stdout
-    assert done.returncode == 1 and "papermill nbs/experiments/figure_7.ipynb" in printed, printed[-3000:]
+    assert done.returncode == 1 and "run_notebook.py nbs/experiments/figure_7.ipynb" in printed, printed[-3000:]
     assert "config: smoke" in printed and "network: deq" in printed, "its parameters"
     assert 'Exception encountered at "In [3]"' in printed and "image = open('no such image')" in printed
     assert Path("out/figure_4.png").is_file() and not Path("out/figure_6.png").exists()
@@ -451,6 +451,33 @@ def test_the_estimate_rests_on_earlier_runs(tmp_path):
         run.folder(tmp_path).mkdir(parents=True)
         (run.folder(tmp_path) / "done").touch()
     assert f"{count - 2} runs to do, about" in estimate("demo", str(tmp_path))
+
+
+def test_kernels_that_start_at_once_share_no_port_and_leave_no_file(tmp_path):
+    """Jupyter's choice of a TCP port is free until the kernel binds it: two kernels may get the same one."""
+    source = "from ipykernel import get_connection_info\nget_connection_info(unpack=True)['ip']"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    (folder := tmp_path / "temporary").mkdir()
+    calls = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "workflow/scripts/run_notebook.py", "in.ipynb", f"{number}.ipynb"]
+            + ["--kernel", "python3", "--no-progress-bar"],
+            cwd=tmp_path,
+            env={**ENVIRONMENT, "TMPDIR": str(folder)},
+        )
+        for number in range(4)
+    ]
+    assert [call.wait() for call in calls] == [0] * 4
+    executed = [nbformat.read(tmp_path / f"{number}.ipynb", as_version=4) for number in range(4)]
+    names = {notebook.cells[-1].outputs[-1].data["text/plain"] for notebook in executed}
+    assert len(names) == 4 and (sys.platform != "linux" or all("@spade-" in name for name in names)), names
+    assert not list(folder.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"{n}.ipynb" for n in range(4)),
+        "in.ipynb",
+        "temporary",
+    ]
 
 
 def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):

@@ -24,7 +24,8 @@ from spade.data.photos import (
     preimage,
     read_photo,
 )
-from spade.operators import BlurDownsample
+from spade.operators import Bicubic, BlurDownsample
+from spade.y_channel import matlab_resize
 
 KERNELS = spade.data.kernels.test_kernels(size=9)
 
@@ -310,6 +311,26 @@ def test_workers_change_nothing(folder):
         ),
         (lambda files: PhotoCrops(files, 4, crop=32, noise=(0.2, 0.1)), ValueError, "noise must be a range"),
         (
+            lambda files: PhotoCrops(files, 4, crop=32, noise=0.1, degradation="bicubic"),
+            ValueError,
+            r'degradation must be "blur" if kernels or noise are given, got "bicubic" with noise \(0.1, 0.1\)',
+        ),
+        (
+            lambda files: Photographs(files, kernels=KERNELS, degradation="bicubic"),
+            ValueError,
+            'got "bicubic" with kernels',
+        ),
+        (
+            lambda files: Photographs(files, degradation="cubic"),
+            ValueError,
+            "unknown degradation 'cubic': choose one of blur, bicubic",
+        ),
+        (
+            lambda files: MeasurementCrops(Photographs(files, degradation="bicubic"), 4),
+            ValueError,
+            'photographs must be blurred, got degradation="bicubic"',
+        ),
+        (
             lambda files: MeasurementCrops(Photographs(files, (2,), KERNELS), 4, crop=48),
             ValueError,
             "photo0.png must hold the 48×48 pixels of the crop, got 40×50",
@@ -417,6 +438,23 @@ def test_training_accepts_the_three(folder):
         MeasurementCrops(Photographs(files, (2,), KERNELS), 4, crop=20),
     ):
         assert next(iter(as_loader(data))).y.shape[1] == 3
+
+
+@pytest.mark.parametrize("scale", (2, 3, 4))
+def test_bicubic_measurements_are_matlabs_8_bits(folder, scale):
+    """Photographs and crops: cut to a multiple of the scale, reduced and rounded, with `Bicubic` as operator."""
+    data = Photographs(find_photos(folder), (scale,), degradation="bicubic")
+    crops = PhotoCrops(find_photos(folder), 6, crop=25, scales=scale, degradation="bicubic")
+    for part, size in ((data, 1), (crops, 3)):
+        for batch in loader(part, size):
+            assert isinstance(batch.A, Bicubic) and batch.A.scale == scale
+            for y, x in zip(batch.y, batch.x):
+                image = (255 * x).round().to(torch.uint8)
+                assert torch.equal(matlab_resize(image, 1 / scale) / 255, y)
+    sides = [data.shape(i)[1:] for i in range(len(data))]
+    assert sides == [tuple(side // scale for side in read_photo(path).shape[1:]) for path in find_photos(folder)]
+    again = PhotoCrops(find_photos(folder), 6, crop=25, scales=scale, degradation="bicubic")
+    assert torch.equal(crops[5]["y"], again[5]["y"]) and "x" not in data.measurements()[0]
 
 
 def test_measuring_leaves_the_global_generator_alone(folder):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'EMBEDDED', 'open_photo', 'read_photo', 'photo_size', 'find_photos', 'embedded_photos',
-           'check_photo_files', 'check_scales', 'check_room', 'as_kernels', 'degrade', 'collate_photos', 'Photographs',
-           'Crops', 'PhotoCrops', 'preimage', 'MeasurementCrops']
+           'check_photo_files', 'check_scales', 'check_room', 'as_kernels', 'degrade', 'kernels_for', 'collate_photos',
+           'Photographs', 'Crops', 'PhotoCrops', 'preimage', 'MeasurementCrops']
 
 # %% ../../nbs/data/25_photographs.ipynb #c003
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 
 from ..basics import Batch, choose, seeded
 from .kernels import random_kernel, test_kernels
-from ..operators import BlurDownsample, as_kernel
+from ..operators import Bicubic, BlurDownsample, as_kernel
+from ..y_channel import reduced_batch
 
 # %% ../../nbs/data/25_photographs.ipynb #c006
 @contextmanager
@@ -120,18 +121,30 @@ def degrade(x: Tensor, kernel: Tensor, scale: int, noise: float, generator: torc
     y = BlurDownsample(kernel, scale)(x[None])[0]
     return y + noise * torch.randn(y.shape, generator=generator) if noise else y
 
-# %% ../../nbs/data/25_photographs.ipynb #c023
+# %% ../../nbs/data/25_photographs.ipynb #c022
+def kernels_for(degradation: str, kernels: Tensor | None, noise: Any) -> Tensor | None:
+    """`kernels`, or a point for "bicubic"; raises `ValueError` for kernels or noise beside that."""
+    if choose("degradation", degradation, ("blur", "bicubic")) == "blur":
+        return kernels
+    if kernels is not None or noise not in (0, (0, 0)):
+        found = "kernels" if kernels is not None else f"noise {noise}"
+        raise ValueError(f'degradation must be "blur" if kernels or noise are given, got "bicubic" with {found}.')
+    return torch.ones(1, 1, 1)
+
+# %% ../../nbs/data/25_photographs.ipynb #c025
 def collate_photos(items: Sequence[dict[str, Any]]) -> Batch:
     """Stack items of one bucket into a `Batch`; raises `ValueError` if their scales differ."""
     scales = sorted({item["scale"] for item in items})
     if len(scales) > 1:
         raise ValueError(f"items must have one scale, as of spade.basics.loader, got {', '.join(map(str, scales))}.")
     stack = lambda name: torch.stack([item[name] for item in items])
-    A = BlurDownsample(stack("kernel"), scales[0], torch.tensor([item["noise"] for item in items]))
+    blurred = "kernel" in items[0]
+    noise = torch.tensor([item["noise"] for item in items])
+    A = BlurDownsample(stack("kernel"), scales[0], noise) if blurred else Bicubic(scales[0])
     info = {name: [item[name] for item in items] for name in ("file", "subject", "slice", "scale")}
     return Batch(stack("y"), A, stack("x") if "x" in items[0] else None, info)
 
-# %% ../../nbs/data/25_photographs.ipynb #c025
+# %% ../../nbs/data/25_photographs.ipynb #c027
 class Photographs(Dataset):
     """Photographs measured with given kernels and scales; item and noise depend on the settings alone."""
 
@@ -148,6 +161,7 @@ class Photographs(Dataset):
         limit: int | None = None,  # number of photographs, from the first; None: all
         seed: int = 0,  # of the noise
         ground_truth: bool = True,  # whether items hold `x`
+        degradation: str = "blur",  # or "bicubic": MATLAB's reduction to 8 bits, without kernels and noise
     ):
         choose("pairing", pairing, ("cyclic", "all"))
         if limit is not None and limit < 1:
@@ -155,7 +169,9 @@ class Photographs(Dataset):
         if isinstance(noise, Sequence) or not 0 <= noise < float("inf"):
             raise ValueError(f"noise must be one standard deviation of at least 0, got {noise}.")
         self.files, self.scales = check_photo_files(files)[:limit], check_scales(scales)
+        kernels = kernels_for(degradation, kernels, noise)
         self.kernels, self.noise, self.seed, self.ground_truth = as_kernels(kernels), float(noise), seed, ground_truth
+        self.degradation = degradation
         needed = tuple(side + max(self.scales) - 1 for side in self.kernels.shape[-2:])
         what = f"kernel and a block of ×{max(self.scales)}"
         if tile is not None:
@@ -182,11 +198,16 @@ class Photographs(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         file, number, scale = self.index[i]
-        path, kernel, x = self.files[file], self.kernels[number], read_photo(self.files[file])
+        path, x = self.files[file], read_photo(self.files[file])
         for axis, side in enumerate(self.sizes[file], 1):  # the middle part, cut to a multiple of the scale
             x = x.narrow(axis, (x.shape[axis] - side) // 2, side // scale * scale)
-        y = degrade(x, kernel, scale, self.noise, seeded("noise", self.seed, path.stem, number, scale))
-        item = dict(y=y, kernel=kernel[None], scale=scale, noise=self.noise)
+        if self.degradation == "bicubic":
+            item = dict(y=reduced_batch(x, scale).y[0], scale=scale, noise=self.noise)
+        else:
+            draw, kernel = seeded("noise", self.seed, path.stem, number, scale), self.kernels[number]
+            item = dict(
+                y=degrade(x, kernel, scale, self.noise, draw), kernel=kernel[None], scale=scale, noise=self.noise
+            )
         item |= dict(file=path.name, subject=path.stem, slice=number)
         return item | {"x": x} if self.ground_truth else item
 
@@ -196,7 +217,7 @@ class Photographs(Dataset):
         view.__dict__.update(self.__dict__, ground_truth=False)
         return view
 
-# %% ../../nbs/data/25_photographs.ipynb #c031
+# %% ../../nbs/data/25_photographs.ipynb #c033
 class Crops(Dataset):
     """Base of both datasets of random crops: item `i`, of one size per scale, is a function of (seed, i)."""
 
@@ -227,7 +248,7 @@ class Crops(Dataset):
             self.memory[key] = made
         return made
 
-# %% ../../nbs/data/25_photographs.ipynb #c033
+# %% ../../nbs/data/25_photographs.ipynb #c035
 class PhotoCrops(Crops):
     """Random crops of photographs with random kernels, noise and orientation."""
 
@@ -237,16 +258,22 @@ class PhotoCrops(Crops):
         length: int,  # number of items, e.g. batch size × steps
         crop: int = 96,  # side of `x` in pixels, rounded down to a multiple of the scale
         scales: Sequence[int] | int = (1, 2, 3, 4),  # USRNet is trained for all four with one set of weights
-        noise: Sequence[float] | float = (0.0, 0.02),  # range of the standard deviation, images in [0, 1]
+        noise: Sequence[float]
+        | float
+        | None = None,  # range of the standard deviation; None: (0, 0.02), or 0 if bicubic
         seed: int = 0,
         kernels: Tensor | None = None,  # `(K, h, w)` to draw from, or `(h, w)`; None: `random_kernel`
         remember: int = 64,  # photographs kept in memory
+        degradation: str = "blur",  # or "bicubic": MATLAB's reduction to 8 bits, without kernels and noise
     ):
+        if noise is None:
+            noise = 0.0 if degradation == "bicubic" else (0.0, 0.02)
         low, *high = noise if isinstance(noise, Sequence) else (noise, noise)
         if len(high) != 1 or not 0 <= low <= high[0]:
             raise ValueError(f"noise must be a range (low, high) with 0 ≤ low ≤ high, got {noise}.")
         self.files, self.noise = check_photo_files(files), (low, high[0])
-        self.kernels = None if kernels is None else as_kernels(kernels)
+        kernels = kernels_for(degradation, kernels, (low, high[0]))
+        self.degradation, self.kernels = degradation, None if kernels is None else as_kernels(kernels)
         kernel_side = 25 if self.kernels is None else max(self.kernels.shape[-2:])
         super().__init__(length, crop, seed, remember, check_scales(scales), kernel_side)
         for path in self.files:
@@ -261,23 +288,27 @@ class PhotoCrops(Crops):
         mirrored, turns = divmod(below(8), 4)
         x = torch.rot90(photo[:, top : top + side, left : left + side], turns, dims=(-2, -1))
         x = (x.flip(-1) if mirrored else x).contiguous()
+        about = dict(x=x, scale=scale, file=file.name, subject=file.stem, slice=i)
+        if self.degradation == "bicubic":
+            return about | dict(y=reduced_batch(x, scale).y[0], noise=0.0)
         kernel = random_kernel(generator) if self.kernels is None else self.kernels[below(len(self.kernels))]
         noise = self.noise[0] + (self.noise[1] - self.noise[0]) * torch.rand((), generator=generator).item()
-        item = dict(y=degrade(x, kernel, scale, noise, generator), kernel=kernel[None], scale=scale, noise=noise, x=x)
-        return item | dict(file=file.name, subject=file.stem, slice=i)
+        return about | dict(y=degrade(x, kernel, scale, noise, generator), kernel=kernel[None], noise=noise)
 
-# %% ../../nbs/data/25_photographs.ipynb #c036
+# %% ../../nbs/data/25_photographs.ipynb #c038
 def preimage(y: Tensor, A: BlurDownsample, weight: float = 1e-4) -> Tensor:
     """An image that `A` maps to `y`, close to `y` with each pixel repeated; `weight` is the data step's α."""
     return A.proximal(y.repeat_interleave(A.scale, -2).repeat_interleave(A.scale, -1), y, weight)
 
-# %% ../../nbs/data/25_photographs.ipynb #c041
+# %% ../../nbs/data/25_photographs.ipynb #c043
 class MeasurementCrops(Crops):
     """Measurements of random square parts of what `photographs` measure; references are not used.
 
     `crop` is the side of the *reconstruction* in pixels; `remember` preimages are kept in memory."""
 
     def __init__(self, photographs: Photographs, length: int, crop: int = 96, seed: int = 0, remember: int = 256):
+        if photographs.degradation != "blur":
+            raise ValueError(f'photographs must be blurred, got degradation="{photographs.degradation}".')
         self.source = photographs.measurements()
         scales = [scale for *_, scale in self.source.index]
         super().__init__(length, crop, seed, remember, scales, max(self.source.kernels.shape[-2:]))

@@ -76,6 +76,7 @@ def description_of(model: nn.Module, /, **provenance: Any) -> Description:
     config: Any = getattr(model, "config", None) if type(model) in NETWORKS.values() else lambda: None
     facts = {"sha256": "0" * 64, "format": FORMAT, "model": type(model).__name__, "config": config()}
     facts |= {"sizes": layer_sizes(model), "parameters": sum(p.numel() for p in model.parameters())}
+    provenance |= {"keep_zeros": True} if getattr(model, "keep_zeros", False) else {}  # for fine-tuning after `load`
     facts |= {"provenance": json.loads(json.dumps(provenance, default=plain))}
     return read_settings(Description, facts, "description")
 
@@ -297,4 +298,6 @@ def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.M
         raise ValueError(f"build must make a {kind}, as in {file_path}, got a {found}.")
     check_architecture(network.cpu() if build else network, description, tensors, file_path)
     set_weights(network, description.sizes, tensors)
+    if description.provenance.get("keep_zeros") is True:
+        network.keep_zeros = True
     return network.eval()

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .basics import Batch, check_finite, check_values, choose, loader, move, seed_of
+from .basics import Batch, check_finite, check_values, choose, loader, move, seed_of, unscaled_peaks
 from .losses import LOSSES, Strategy
 from .models.deq import DivergenceError
 
@@ -203,6 +203,8 @@ class Loop:
             raise TypeError(f"model must have float32 or float64 weights to be trained, got {kind}: {advice}.")
         self.adam = torch.optim.Adam(self.parameters)
         self.optimizer = accelerator.prepare(self.adam)
+        kernels = [p for p in self.parameters if p.ndim > 1] if getattr(model, "keep_zeros", False) else []
+        self.alive = [(p, (p != 0).to(p.dtype)) for p in kernels]
         self.keep_good()
 
     def tensors(self) -> list[Tensor]:
@@ -252,9 +254,10 @@ class Loop:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip or math.inf)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"The loss is {loss}.")
-            for name, tensor in (n for b in batches if loss == 0 for n in named_tensors(b)):
-                if name == "measurement y":
-                    check_values(tensor, nn.Identity())  # too small for the precision?
+            known = [b for b in batches if loss == 0 or not (self.strategy.any_batch or b.A is None)]
+            named = [each for batch in known for each in named_tensors(batch)]
+            if any(unscaled_peaks(tensor) for name, tensor in named if name == "measurement y"):
+                raise FloatingPointError("The measurement is not scaled.")
             if not torch.isfinite(norm) and self.accelerator.scaler is None:  # the scaler of fp16 skips such an update
                 raise FloatingPointError(f"The gradient is not finite, the loss is {loss:.3g}.")
         except (FloatingPointError, RuntimeError, TypeError, ValueError) as error:
@@ -263,6 +266,8 @@ class Loop:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        for p, alive in self.alive:
+            p.data *= alive
         return loss
 
     def stop(self, batches: list, step: int, rate: float, cause: Exception) -> NoReturn:
@@ -291,6 +296,6 @@ class Loop:
             if kind != weights and name != "reference x" and not (diverged or isinstance(cause, ValueError)):
                 raise TypeError(f"{name} must have the precision of the network's weights, {weights}, got {kind}")
             if name == "measurement y" and diverged and tensor.ndim > 1:
+                check_values(tensor, nn.Identity())
                 if not tensor.flatten(1).any(1).all():
                     raise ValueError(f"{name} must not be zero everywhere, got such an image")
-                check_values(tensor, nn.Identity())

@@ -311,3 +311,21 @@ def test_bad_measurements_are_named(call, error, message):
 def test_the_operator_is_linear_with_an_exact_adjoint_in_single_precision(scale):
     A, x, y = Bicubic(scale), photo(1, 3, 6 * scale, 5 * scale) - 0.5, photo(1, 3, 6, 5, seed=1) - 0.5
     assert adjoint_error(A, x, y) < 1e-5 and adjoint_error(A, x.double(), y.double()) < 1e-13
+
+
+def test_fine_tuning_keeps_the_zeros_of_a_network_that_asks_for_it(tmp_path):
+    torch.manual_seed(4)
+    model, batch = UpEDSR(scale=2, features=8, num_blocks=1), reduced_batch(photo(3, 24, 24), 2)
+    for p in [p for p in model.parameters() if p.ndim > 1]:
+        p.data *= torch.rand(p.shape) < 0.7
+    model.keep_zeros = True
+    dead = [p == 0 for p in model.parameters()]
+    student = spade.load(spade.save(model, tmp_path / "small"))
+    assert student.keep_zeros and not hasattr(UpEDSR(2), "keep_zeros")
+    spade.finetune(student, [batch], strategy="supervised", steps=3, learning_rate=1e-3, progress=False)
+    for p, zero in zip(student.parameters(), dead):
+        assert torch.equal(p == 0, zero) or p.ndim == 1
+    plain = copy.deepcopy(model)
+    del plain.keep_zeros
+    spade.finetune(plain, [batch], strategy="supervised", steps=3, learning_rate=1e-3, progress=False)
+    assert any((p[zero] != 0).any() for p, zero in zip(plain.parameters(), dead))

@@ -21,9 +21,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -38,6 +37,9 @@ from .basics import choose, content_key, own_randomness
 from .files import atomic_write
 from .losses import ALLOWED_SETTINGS, Strategy, call_network, default_loss, make_strategy
 from .training import Loop, Training, as_loader, batch_stream, read_settings, scheduled_rate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../nbs/repro/31_resume.ipynb #c007
 class TrainingLog(BaseModel):
@@ -55,15 +57,23 @@ class TrainingLog(BaseModel):
         """Finished updates."""
         return len(self.losses)
 
-    def last(self) -> dict[str, Any]:
-        """The last update: step, loss, learning_rate, seconds and validation, None without a score."""
-        row = dict(
-            step=self.steps, loss=self.losses[-1], learning_rate=self.learning_rates[-1], seconds=self.seconds[-1]
-        )
-        return row | {"validation": dict(self.validation[-1:]).get(self.steps)}
+    def row(self, step: int) -> dict[str, Any]:
+        """One update, from 1: step, loss, learning_rate, seconds and validation, None without a score."""
+        columns = dict(loss=self.losses, learning_rate=self.learning_rates, seconds=self.seconds)
+        score = dict(self.validation).get(step)
+        return {"step": step, **{name: column[step - 1] for name, column in columns.items()}, "validation": score}
 
-    def to_frame(self) -> pd.DataFrame:
+    def write_csv(self, path: Path) -> None:
+        """Write one row per update."""
+        with path.open("w") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["step", "loss", "learning_rate", "seconds", "validation"])
+            writer.writerows(self.row(step).values() for step in range(1, self.steps + 1))
+
+    def to_frame(self) -> "pd.DataFrame":
         """One row per update: loss, learning_rate, seconds and validation, NaN where there is no score."""
+        import pandas as pd
+
         columns = dict(loss=self.losses, learning_rate=self.learning_rates, seconds=self.seconds)
         frame = pd.DataFrame(columns, index=pd.RangeIndex(1, self.steps + 1, name="step"))
         return frame.assign(validation=pd.Series(dict(self.validation), dtype=float))
@@ -226,7 +236,7 @@ class TrainingRun:
 
     def record(self, callback: Callable[[dict[str, Any]], object] | None) -> None:
         """Give the last update to `curve.csv`, the tracker and `callback`."""
-        row, accelerator = self.log.last(), self.loop.accelerator
+        row, accelerator = self.log.row(self.log.steps), self.loop.accelerator
         if accelerator.is_main_process:
             if self.path is not None:
                 with self.path.with_name("curve.csv").open("a") as file:
@@ -262,7 +272,7 @@ class TrainingRun:
         bar = tqdm(total=training.steps, initial=log.steps, desc=self.loop.strategy.name, **hidden)
         accelerator.init_trackers("training", init_kwargs={"tensorboard": {"purge_step": log.steps + 1}})
         if self.path is not None and accelerator.is_main_process:  # without the updates that a kill has lost
-            atomic_write(self.path.with_name("curve.csv"), lambda part: log.to_frame().to_csv(part))
+            atomic_write(self.path.with_name("curve.csv"), log.write_csv)
         with own_randomness(), stop_request() as stop, bar, ExitStack() as stack:
             for tracker in accelerator.trackers:
                 stack.callback(tracker.finish)

@@ -12,9 +12,8 @@ __all__ = ['PUBLISHED_SR', 'Peer', 'TABLE_2', 'WITH_BIASES', 'GreyNetwork', 'rel
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +21,9 @@ from torch.nn import functional as F
 from ..basics import choose
 from .sr import SCALES, Residual, SRNetwork, UpEDSR, conv, sub_pixel, sub_pixel_steps
 from .varnet import load_checked, read_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/models/16_sr_peers.ipynb #c006
 class GreyNetwork(SRNetwork):
@@ -460,8 +462,10 @@ TABLE_2: dict[type[SRNetwork], dict[int, tuple[int, int]]] = (
 WITH_BIASES = (CARN, BSRN, IMDN, LatticeNet, ASSLN)  # in the number of parameters
 
 
-def peer_table() -> pd.DataFrame:
+def peer_table() -> "pd.DataFrame":
     """Parameters and multiply-accumulates of Table 2 of FMP, one row for each network and scale."""
+    import pandas as pd
+
     rows = []
     for network, sizes in TABLE_2.items():
         for scale, size in sizes.items():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_real', 'norms', 'inner', 'content_key', 'seed_of', 'seeded', 'own_randomness', 'device_of', 'on_device', 'move',
-           'evaluating', 'Batch', 'BucketSampler', 'loader', 'check_finite', 'check_values', 'choose', 'refused']
+           'evaluating', 'Batch', 'BucketSampler', 'loader', 'check_finite', 'unscaled_peaks', 'check_values', 'choose',
+           'refused']
 
 # %% ../nbs/01_basics.ipynb #c002
 import copy
@@ -159,16 +160,22 @@ def check_finite(name: str, values: Tensor | np.ndarray) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity in {bad}.")
 
 
+def unscaled_peaks(y: Tensor) -> list[float]:
+    """Maxima of the images of `y` `(B, ...)` outside 1e-8 to 1e8, but not 0: too far from 1 for float32."""
+    peaks = torch.atleast_2d(y).abs().flatten(1).amax(1)
+    return peaks[(peaks != 0) & ((peaks < 1e-8) | (peaks > 1e8))].tolist()
+
+
 def check_values(y: Tensor, A: nn.Module, x: Tensor | None = None) -> None:
-    """Raise `ValueError` for NaN or infinity in `y`, `A` or `x`, or a maximum of `y` outside 1e-8 to 1e8."""
+    """Raise `ValueError` for NaN or infinity in `y`, `A` or `x`, or an image of `y` far from 1."""
     state: dict[str, Tensor] = getattr(A, "state_dict", dict)()
     check_finite("measurement y", y)
     for name, tensor in state.items():
         check_finite(f"A.{name}", tensor)
     if x is not None:
         check_finite("reference x", x)
-    if (peak := y.abs().amax().item()) and not 1e-8 <= peak <= 1e8:
-        raise ValueError(f"measurement y must be scaled to a maximum near 1, x with it, got a maximum of {peak:.3g}.")
+    if far := unscaled_peaks(y):
+        raise ValueError(f"measurement y must be scaled to a maximum near 1, x with it, got a maximum of {far[0]:.3g}.")
 
 # %% ../nbs/01_basics.ipynb #c039
 def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:

@@ -114,6 +114,8 @@ class UpEDSR(SRNetwork):
 class ESA(nn.Module):
     """Enhanced spatial attention: features (B, features, h, w), each times a factor in (0, 1)."""
 
+    searched = False  # flexible meta pruning cuts along it and leaves its weights
+
     def __init__(self, features: int, channels: int):
         super().__init__()
         self.reduce, self.expand = conv(features, channels, 1), conv(channels, features, 1)

@@ -494,7 +494,7 @@ def even_group_norms(plans: Sequence[Plan]) -> list[Plan]:
         else:
             for plan, num_removed in zip(plans, wanted):
                 asked, left = (len(plan.units) - n for n in (num_removed, plan.num_removed))
-                plan.note = f"{left} instead of {asked} for a GroupNorm" if left != asked else ""
+                plan.note = f"{left} instead of {asked} for a GroupNorm" if left != asked else plan.note
             return plans
     raise ValueError(f"{bad} has no smaller width that it can divide evenly")
 
@@ -884,7 +884,8 @@ class PruningReport:
         text = f"{ratio}: {len(self.groups)} layer groups, parameters {before:,} → {after:,}"
         stay = sum(why != "in ignored_layers" for why in self.kept.values())
         more = f"; {stay} other layers keep their width" if stay else ""
-        more += "".join(f"; {k}={v} asked, {self.achieved[k]:.4g} achieved" for k, v in self.asked.items())
+        achieved = {name: f" asked, {value:.4g} achieved" for name, value in self.achieved.items()}
+        more += "".join(f"; {name}={value}{achieved.get(name, '')}" for name, value in self.asked.items())
         return f"{text} (−{removed:.0%}), multiply-accumulates ÷ {speed_up:.2f}{more}"
 
 # %% ../nbs/06_pruning.ipynb #c072

@@ -35,12 +35,12 @@ def front_matter(description: Description) -> str:
     return f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---\n"
 
 # %% ../nbs/beyond/45_export.ipynb #c008
-def describe(path: str | Path) -> str:
+def describe(path: str | Path, name: str = "") -> str:
     """The model card of a checkpoint, Markdown: class, arguments, provenance, shapes of the weights.
 
-    Reads the file as `spade.load` does, and raises as it does for a damaged one, but builds no network."""
+    `name` is what `spade.load` receives; empty: the stem of the file. Reads the file as `spade.load` does, and raises as it does for a damaged one, but builds no network."""
     tensors, description = read_checkpoint(path)
-    name, kind, facts = checkpoint_path(path).stem, description.model, dict(description.provenance)
+    name, kind, facts = name or checkpoint_path(path).stem, description.model, dict(description.provenance)
     call = f'spade.load("{name}"{"" if description.config is not None else f", build={kind}"})'
     sections: dict[str, Any] = {"arguments": description.config}
     sections |= {key: facts.pop(key, None) for key in ("strategy", "data", "metrics")} | {"provenance": facts}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHOTO_NETWORKS', 'STARTS', 'NetworkName', 'StrategyName', 'Pixels', 'NoiseLevel', 'INTEGER', 'FLOAT', 'YAML_ADVICE',
            'distinct', 'Simulation', 'Data', 'Sampling', 'Photos', 'Equivariance', 'WarmStart', 'NetworkSettings',
-           'Latency', 'Config', 'ConfigLoader', 'read_yaml', 'with_override', 'config_names', 'load_config']
+           'Latency', 'Repair', 'Config', 'ConfigLoader', 'read_yaml', 'with_override', 'config_names', 'load_config']
 
 # %% ../nbs/repro/32_config.ipynb #c003
 import re
@@ -30,7 +30,8 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-PHOTO_NETWORKS: tuple[str, ...] = ("usrnet",)  # of super-resolution, which need `photos`; all others need `data`
+#: of super-resolution, which need `photos`; all others need `data`
+PHOTO_NETWORKS: tuple[str, ...] = ("usrnet", "edsr-sr", "esrb")
 STARTS: tuple[str, ...] = ("pruned", "random")  # initial weights of fine-tuning; random ones in Table 3
 NetworkName = Annotated[str, AfterValidator(lambda name: choose("network", name, NETWORKS))]
 StrategyName = Annotated[str, AfterValidator(lambda name: choose("strategy", name, STRATEGIES))]
@@ -135,6 +136,13 @@ class Latency(FrozenSettings):
     threads: Count = 1  # on a CPU
 
 # %% ../nbs/repro/32_config.ipynb #c027
+class Repair(FrozenSettings):
+    """Repair of pruned networks with test measurements, without ground truth; beyond the paper."""
+
+    measurements: Annotated[Whole, Field(ge=0)] = 12  # of the test set, evenly spaced; 0: none is repaired
+    before_finetuning: bool = False  # whether students start from the repaired network; the paper's do not
+
+# %% ../nbs/repro/32_config.ipynb #c029
 class Config(FrozenSettings):
     """All settings of an experiment except the parameters of a run."""
 
@@ -149,6 +157,8 @@ class Config(FrozenSettings):
     ratios: Annotated[tuple[Ratio, ...], AfterValidator(distinct)] = (0.05, 0.10, 0.20, 0.40)  # pre-defined (section 4)
     seeds: Annotated[tuple[Whole, ...], AfterValidator(distinct)] = (0,)
     random_start: dict[StrategyName, tuple[Ratio, ...]] = {}  # ratios of Table 3, by strategy
+    compared_losses: dict[Literal["fidelity", "split"], tuple[Ratio, ...]] = {}  # ratios at R = 6 of runs beside eq. 9
+    repair: Repair = Repair()
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"  # "auto": a GPU if there is one
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     threads: Count = 1  # CPU threads of each run
@@ -163,12 +173,14 @@ class Config(FrozenSettings):
                 raise ValueError(f"networks.{network}.warm_start must be missing in super-resolution.")
             for strategy in settings.warm_start.finetuning if settings.warm_start else ():
                 choose(f"strategy of networks.{network}.warm_start.finetuning", strategy, settings.finetuning)
-        for strategy, ratios in self.random_start.items():
+        chosen = {f"random_start.{strategy}": ratios for strategy, ratios in self.random_start.items()}
+        chosen |= {f"compared_losses.{loss}": ratios for loss, ratios in self.compared_losses.items()}
+        for name, ratios in chosen.items():
             if not set(ratios) <= set(self.ratios):
-                raise ValueError(f"random_start.{strategy} must be a subset of ratios, {self.ratios}, got {ratios}.")
+                raise ValueError(f"{name} must be a subset of ratios, {self.ratios}, got {ratios}.")
         return self
 
-# %% ../nbs/repro/32_config.ipynb #c030
+# %% ../nbs/repro/32_config.ipynb #c032
 class ConfigLoader(yaml.SafeLoader):
     """PyYAML's safe loader, with YAML 1.2's numbers and no dates; refuses equal keys in one mapping."""
 
@@ -190,7 +202,7 @@ INTEGER, FLOAT = re.compile(r"[-+]?(0|[1-9][\d_]*)$"), re.compile(r"[-+]?(\d+\.?
 ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
 ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
-# %% ../nbs/repro/32_config.ipynb #c033
+# %% ../nbs/repro/32_config.ipynb #c035
 YAML_ADVICE = {r"'\t'": "; indent with spaces", "undefined alias": "; write its anchor, such as &name, above"}
 
 
@@ -218,19 +230,19 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         raise ValueError(f"{path.name} must hold settings, 'key: value' from its first line on, got {found}.")
     return settings
 
-# %% ../nbs/repro/32_config.ipynb #c035
+# %% ../nbs/repro/32_config.ipynb #c037
 def with_override(settings: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of `settings` with `copy["a"]["b"]` set to `value` for the key "a.b"."""
     first, _, rest = key.partition(".")
     inner = settings[first] if isinstance(settings.get(first), Mapping) else {}
     return {**settings, first: with_override(inner, rest, value) if rest else value}
 
-# %% ../nbs/repro/32_config.ipynb #c037
+# %% ../nbs/repro/32_config.ipynb #c039
 def config_names() -> list[str]:
     """The names of the configurations in config/."""
     return sorted(path.stem for path in (project_root() / "config").glob("*.yaml"))
 
-# %% ../nbs/repro/32_config.ipynb #c039
+# %% ../nbs/repro/32_config.ipynb #c041
 def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a configuration of config/ or a YAML file. Raises ValueError for a wrong or missing setting."""
     path = Path(name)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Run', 'acquisition_files', 'slice_datasets', 'file_checksum', 'write_record', 'read_record', 'data_checksum',
-           'photo_files', 'training_of', 'datasets', 'data_files', 'training_set', 'pre_finetune_set',
-           'measurement_facts', 'build_network', 'shipped_teacher', 'find_teacher', 'first_weights', 'load_teacher',
-           'loop_settings', 'strategy_settings', 'pick_device', 'use_device', 'without_comments', 'code_cells',
-           'code_key', 'run_key', 'run_inputs', 'is_complete', 'tidy', 'write_csv', 'displayable', 'write_images',
-           'picture_batches', 'provenance', 'write_result', 'latency_key']
+           'photo_files', 'training_of', 'datasets', 'data_files', 'training_set', 'is_judged_before',
+           'pre_finetune_set', 'measurement_facts', 'build_network', 'shipped_teacher', 'find_teacher', 'first_weights',
+           'load_teacher', 'loop_settings', 'strategy_settings', 'pick_device', 'use_device', 'without_comments',
+           'code_cells', 'code_key', 'run_key', 'run_inputs', 'is_complete', 'tidy', 'write_csv', 'displayable',
+           'write_images', 'picture_batches', 'provenance', 'write_result', 'latency_key', 'converged_runs']
 
 # %% ../nbs/repro/33_runs.ipynb #c003
 import ast
@@ -57,11 +57,15 @@ class Run:
     strategy: str = ""  # empty for a teacher
     start: str = "pruned"  # or "random", Table 3
     seed: int = 0
+    loss: str = ""  # of self-supervised, in place of eq. 9: "fidelity" or "split"
 
     def __post_init__(self) -> None:
         choose("network", self.network, NETWORKS)
         choose("start", self.start, STARTS)
         choose("strategy", self.strategy or STRATEGIES[0], STRATEGIES)
+        if self.loss:
+            choose("loss", self.loss, [name for name in SELF_SUPERVISED if name != "equivariant"])
+            choose("strategy of a run with a loss", self.strategy, ["self-supervised"])
         if self.acceleration < 1 or self.acceleration != int(self.acceleration):
             raise ValueError(f"acceleration must be an int of at least 1, got {self.acceleration!r}.")
         if bool(self.strategy) != (self.ratio > 0) or not 0 <= self.ratio < 1:
@@ -84,7 +88,13 @@ class Run:
         """The name of the run's folder."""
         ratio = f"{self.ratio:g}" if len(f"{self.ratio:g}") > 4 else f"{self.ratio:.2f}"
         what = f"{ratio}-{self.strategy}" + "-random" * (self.start == "random") if self.strategy else "teacher"
+        what += f"-{self.loss}" * bool(self.loss)
         return f"{self.label.replace('_', '-')}-{what}-seed{self.seed}"
+
+    @property
+    def model(self) -> str:
+        """The name of its network in metrics.csv: `deq`, or `deq, loss=split`."""
+        return f"{self.network}, loss={self.loss}" if self.loss else self.network
 
     @property
     def teacher(self) -> "Run":
@@ -233,6 +243,11 @@ def training_set(splits: dict[str, Any], config: Config, run: Run) -> Dataset:
     return MeasurementCrops(measurements, length, crop=photos.measurement_crop, seed=seed_of(photos.seed, run.seed))
 
 
+def is_judged_before(run: Run, config: Config) -> bool:
+    """Whether the run also evaluates its student before fine-tuning: one strategy does it for all."""
+    return not run.loss and run.strategy == next(iter(config.networks[run.network].finetuning))
+
+
 def pre_finetune_set(splits: dict[str, Any], config: Config, run: Run, data: str = "") -> Dataset:
     """The test measurements on which the student is evaluated before fine-tuning."""
     photos = config.photos
@@ -311,6 +326,7 @@ def strategy_settings(config: Config, run: Run) -> dict[str, Any]:
     if run.strategy != "self-supervised":
         return chosen
     every = (config.networks[run.network].self_supervised or config.self_supervised).model_dump()
+    every |= {"loss": run.loss} if run.loss else {}
     names = {"loss", *SELF_SUPERVISED[every["loss"]]}
     return chosen | {name: value for name, value in every.items() if name in names}
 
@@ -366,6 +382,7 @@ def run_key(run: Run, config: Config, data: str = "") -> str:
     sections |= network.model_dump(mode="json", include={"arguments", "published"})
     sections |= {"training": training_of(config, run).model_dump(mode="json", exclude={"checkpoint_every"})}
     sections |= strategy_settings(config, run) if run.strategy == "self-supervised" else {}
+    sections |= {"repair": config.repair.model_dump()} if run.strategy else {}
     warm = network.warm_start_at(run.acceleration)
     starts = [] if run.strategy else [run, *([replace(run, acceleration=warm.acceleration)] if warm else [])]
     weights = [file_checksum(path) for path in (shipped_teacher(start, config) for start in starts) if path.is_file()]
@@ -401,7 +418,7 @@ def tidy(table: pd.DataFrame, run: Run, model: str = "", strategy: str | None = 
     image = table["subject"].astype(str) + "/" + table["slice"].astype(str)
     long = table[measured].astype(float).assign(image=image, **setting).melt(["image", *setting], var_name="metric")
     long = long.dropna(subset="value")  # the spectral radius of most images
-    facts = {"model": model or run.network, "criterion": "group l1" if run.strategy else "", "ratio": run.ratio}
+    facts = {"model": model or run.model, "criterion": "group l1" if run.strategy else "", "ratio": run.ratio}
     facts |= {"strategy": run.strategy if strategy is None else strategy, "start": run.start, "seed": run.seed}
     columns = ["model", *setting, "criterion", "ratio", "strategy", "start", "seed", "image", "metric", "value"]
     return long.assign(**facts)[columns]
@@ -474,3 +491,12 @@ def latency_key(network: str, config: Config) -> str:
     others = {"shape", "coils", "iterations"} if network in PHOTO_NETWORKS else {"photo_shape", "scale"}
     timing = config.latency.model_dump(mode="json", exclude=others)
     return content_key(network, timing, list(config.ratios), size, config.device)
+
+# %% ../nbs/repro/33_runs.ipynb #c074
+def converged_runs(config: Config, network: str = "deq") -> list[Run]:
+    """The teacher and the students of the first strategy whose fixed-point search is timed; none of other networks."""
+    if network != "deq" or network not in config.networks:
+        return []
+    strategy, seed = next(iter(config.networks[network].finetuning), ""), config.seeds[0]
+    students = [Run(network, 6, ratio, strategy, seed=seed) for ratio in config.ratios if strategy]
+    return [Run(network, 6, seed=seed), *students]

@@ -9,14 +9,25 @@ from spade.runs import Run, write_csv, write_images, write_record
 from spade.tables import Results, read_results
 
 
-def write_run(out: Path, run: Run, psnr: float, seed_shift: float = 0.0, seeds: tuple[int, ...] = (0,)) -> None:
-    """A run of CS-MRI with two images; `seeds` are those that its configuration asks for."""
+def write_run(
+    out: Path,
+    run: Run,
+    psnr: float,
+    seed_shift: float = 0.0,
+    seeds: tuple[int, ...] = (0,),
+    more: dict[tuple[str, str], float] | None = None,
+) -> None:
+    """A run of CS-MRI with two images; `seeds`: its configuration's; `more`: values by strategy and metric."""
     folder = run.folder(out)
-    facts = {key: value for key, value in vars(run).items() if key != "network"}
+    facts = {key: value for key, value in vars(run).items() if key not in ("network", "loss")}
     rows = [
-        {"model": run.network, "criterion": "", **facts, "image": f"a/{i}", "metric": metric, "value": value}
+        {"model": run.model, "criterion": "", **facts, "image": f"a/{i}", "metric": metric, "value": value}
         for i in (0, 1)
         for metric, value in (("psnr", psnr + seed_shift + 2 * i - 1), ("ssim", 0.95))
+    ]
+    rows += [
+        {**rows[0], "strategy": strategy, "metric": metric, "value": value}
+        for (strategy, metric), value in (more or {}).items()
     ]
     write_csv(folder / "metrics.csv", pd.DataFrame(rows))
     truth = np.random.default_rng(0).random((32, 40))

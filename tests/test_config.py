@@ -259,7 +259,7 @@ LINES = len(SMOKE.splitlines())
         (f"{SMOKE}# für".encode("latin-1"), f"must be UTF-8 text, got a byte of another encoding in line {LINES + 1}"),
         (f"{SMOKE}# \0", f"must be UTF-8 text, got a byte of another encoding in line {LINES + 1}"),
         (f"{SMOKE}---\n{SMOKE}", f"line 2 to {LINES + 1}: expected a single document .* found another document"),
-        (SMOKE.replace("&short ", ""), "line 17: found undefined alias 'short'; write its anchor, such as &name"),
+        (SMOKE.replace("&short ", ""), "line 18: found undefined alias 'short'; write its anchor, such as &name"),
         (SMOKE + "cores: !include other.yaml\n", f"line {LINES + 1}: could not .* the tag '!include'"),
         ("!!python/object/apply:os.getcwd []\n", "line 1: could not determine a constructor for the tag"),
         ("? [1, 2]\n: 3\n", "line 1: while constructing a mapping found unhashable key"),

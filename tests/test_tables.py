@@ -27,6 +27,7 @@ from spade.tables import (
     table_3,
     table_4,
     table_markdown,
+    timing_line,
     write_table,
 )
 
@@ -287,10 +288,41 @@ def test_both_files_hold_the_same_rows(out, tmp_path):
     table, caption = table_1(made(out), ["varnet"]), caption_1(made(out), ["varnet"], 6)
     csv, markdown = write_table(table, caption, tmp_path / "table_1")
     text = markdown.read_text(encoding="utf-8")
-    assert len(pd.read_csv(csv)) == 5 and text.count("| VarNet") == 5 and text.endswith(f"{caption}\n")
+    assert len(pd.read_csv(csv)) == 5 and text.count("| VarNet") == 15 and text.endswith(f"{caption}\n")
     assert "effective rate 25.0 %" in caption and "config p" in caption and "1 test subject;" in caption
-    header, lines = text.splitlines()[0], [line for line in text.splitlines() if line.startswith("|")]
-    assert header.count("paper") == 9 and len({line.count("|") for line in lines}) == 1
+    parts = dict(zip(("Quality", "Time and size", "The paper's numbers"), text.split("**")[2::2], strict=True))
+    lines = {title: [line for line in part.splitlines() if line.startswith("|")] for title, part in parts.items()}
+    assert all(len({line.count("|") for line in part}) == 1 for part in lines.values())
+    assert lines["The paper's numbers"][0].count("|") == 2 + 9 + 1 and "42.13" not in text and "39.25" in text
+
+
+def test_what_is_beyond_the_paper_has_columns_and_rows_of_its_own(out):
+    before = {("none", "psnr"): 21.0, ("repaired", "psnr"): 24.0}
+    write_run(out, Run("varnet", 6, 0.40, "supervised"), 29.0, more=before)
+    write_run(out, Run("varnet", 6, 0.40, "self-supervised", loss="split"), 27.0)
+    table = table_1(made(out), ["varnet"])
+    assert table["Network"].tolist() == ["VarNet"] * 5 + ["VarNet, loss=split"]
+    assert table.loc[4, ["PSNR pruned only", "PSNR repaired"]].tolist() == [21.0, 24.0]
+    assert table.loc[5, "PSNR self-supervised"] == 27.0 and np.isnan(table.loc[4, "PSNR self-supervised"])
+    shown = printed_table(table)
+    assert shown.loc[4, "PSNR self-supervised"] == "–" and shown.loc[5, "PSNR supervised"] == ""
+    assert "loss=split" not in table_markdown(table, "").split("**The paper's numbers**")[1]
+
+
+def test_the_share_of_converged_searches_is_one_number_for_all_students(out):
+    for strategy, share in (("supervised", 1.0), ("school", 0.5)):
+        write_run(
+            out, Run("deq", 6, 0.40, strategy), 30.0, more={(strategy, "converged"): share, ("none", "converged"): 0}
+        )
+    assert table_1(made(out), ["deq"]).loc[4, "Converged %"] == 75.0
+
+
+def test_the_time_of_deq_is_that_of_trained_networks(out):
+    for size, milliseconds in (("paper", 4000.0), ("trained, anderson", 70.0), ("trained, plain", 90.0)):
+        write_latency(out, "deq", size, milliseconds)
+    table = table_1(made(out), ["deq"])
+    assert set(table["Time (ms)"].dropna()) == {70.0} and set(table["Time plain (ms)"].dropna()) == {90.0}
+    assert "trained networks" in timing_line(made(out), ["deq"])
 
 
 def test_a_failing_write_keeps_the_old_table(out, tmp_path, monkeypatch):
@@ -337,7 +369,7 @@ def test_both_sizes_that_were_timed_stand_in_table_4(photo_out):
     table, caption = table_4(results), caption_4(results, [2, 3])
     assert set(table["Time (ms)"]) == {900.0} and set(table["Time (ms) trained"]) == {30.0}
     assert set(table["# Params"]) == {17_016_016}
-    assert "the paper's size, 96×144 at ×3, a CPU, 2 threads" in caption and "Trained: the network" in caption
+    assert "the paper's size, 96×144 at ×3, a CPU, 2 threads" in caption and "trained: the network" in caption
 
 
 def test_a_single_size_of_the_configuration_is_the_time(photo_out):
@@ -360,7 +392,7 @@ def test_the_recovered_share_is_taken_on_the_images_that_were_evaluated_before(p
     """Before fine-tuning one photograph of two: the teacher has 30 there, the pruned network 20, the student 29."""
     results = made(photo_out)
     beside = comparisons(results, "usrnet", 2).set_index("method")
-    assert beside.loc["no fine-tuning", "images"] == 1 and beside.loc["school", "images"] == 2
+    assert beside.loc["pruned only", "images"] == 1 and beside.loc["school", "images"] == 2
     assert beside.loc["school", "recovered %"] == pytest.approx(90.0) and np.isnan(beside.loc["bicubic", "recovered %"])
     without = replace(results, metrics=results.metrics[results.metrics["strategy"] != "none"])
     assert comparisons(without, "usrnet", 2)["recovered %"].isna().all()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_real', 'norms', 'inner', 'content_key', 'seed_of', 'seeded', 'own_randomness', 'device_of', 'on_device', 'move',
-           'evaluating', 'Batch', 'BucketSampler', 'loader', 'check_finite', 'unscaled_peaks', 'check_values', 'choose',
-           'refused']
+           'for_convolutions', 'evaluating', 'Batch', 'BucketSampler', 'loader', 'check_finite', 'unscaled_peaks',
+           'check_values', 'choose', 'refused']
 
 # %% ../nbs/01_basics.ipynb #c002
 import copy
@@ -96,6 +96,11 @@ def move(value: Any, device: torch.device) -> Any:
     return {k: move(v, device) for k, v in value.items()} if isinstance(value, dict) else value
 
 # %% ../nbs/01_basics.ipynb #c025
+def for_convolutions(image: Tensor) -> Tensor:
+    """The image `(B, C, H, W)` in the memory layout that suits its device: channels last on a CPU."""
+    return image.contiguous(memory_format=torch.channels_last) if image.device.type == "cpu" else image
+
+# %% ../nbs/01_basics.ipynb #c028
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """`modules` in evaluation mode; each of their layers returns to its own mode on exit."""
@@ -106,7 +111,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             module.eval()
         yield
 
-# %% ../nbs/01_basics.ipynb #c028
+# %% ../nbs/01_basics.ipynb #c031
 class Batch(NamedTuple):
     """One batch of data: `model(batch.y, batch.A)` is trained towards `batch.x`."""
 
@@ -115,7 +120,7 @@ class Batch(NamedTuple):
     x: Tensor | None  # complex64 `(B, 1, H, W)` or float32 `(B, 3, H, W)`; None without ground truth
     info: dict[str, list]  # file, subject, slice and scale of each image
 
-# %% ../nbs/01_basics.ipynb #c030
+# %% ../nbs/01_basics.ipynb #c033
 class BucketSampler(Sampler[list[int]]):
     """Batches of items of equal shape, in an order drawn from seed and epoch."""
 
@@ -140,7 +145,7 @@ class BucketSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return sum(-(-self.shapes.count(shape) // self.batch_size) for shape in set(self.shapes))
 
-# %% ../nbs/01_basics.ipynb #c033
+# %% ../nbs/01_basics.ipynb #c036
 def loader(dataset: Any, batch_size: int = 1, shuffle: bool = False, seed: int = 0, num_workers: int = 0) -> DataLoader:
     """Batches of a dataset with `bucket(i)` and `collate(items)`; raises `TypeError` for another object."""
     if not (hasattr(dataset, "bucket") and hasattr(dataset, "collate")):
@@ -151,7 +156,7 @@ def loader(dataset: Any, batch_size: int = 1, shuffle: bool = False, seed: int =
         num_workers = 0
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, num_workers=num_workers)
 
-# %% ../nbs/01_basics.ipynb #c036
+# %% ../nbs/01_basics.ipynb #c039
 def check_finite(name: str, values: Tensor | np.ndarray) -> None:
     """Raise `ValueError` for a tensor or an array with NaN or infinity."""
     finite = values.isfinite() if isinstance(values, Tensor) else np.isfinite(values)
@@ -177,7 +182,7 @@ def check_values(y: Tensor, A: nn.Module, x: Tensor | None = None) -> None:
     if far := unscaled_peaks(y):
         raise ValueError(f"measurement y must be scaled to a maximum near 1, x with it, got a maximum of {far[0]:.3g}.")
 
-# %% ../nbs/01_basics.ipynb #c039
+# %% ../nbs/01_basics.ipynb #c042
 def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """Return `value` if it is one of `choices`, else raise `ValueError` with the choices."""
     if value in (choices := list(choices)):

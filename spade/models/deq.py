@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..basics import as_real, check_values, choose, norms, seeded
+from ..basics import as_real, check_values, choose, for_convolutions, norms, seeded
 from ..operators import LinearOperator, check_precision
 
 # %% ../../nbs/models/04_deq.ipynb #c007
@@ -47,7 +47,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(features, features, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return features + self.residual_scale * self.conv2(self.relu(self.conv1(features)))
+        residual = self.conv2(self.relu(self.conv1(features)))
+        return features + (residual if self.residual_scale == 1 else self.residual_scale * residual)
 
 # %% ../../nbs/models/04_deq.ipynb #c015
 class EDSR(nn.Module):
@@ -69,7 +70,7 @@ class EDSR(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Real image (B, in_channels, H, W) of any size to (B, out_channels, H, W)."""
-        shallow = self.head(image)
+        shallow = self.head(for_convolutions(image))
         return self.tail(shallow + self.body(shallow))
 
 # %% ../../nbs/models/04_deq.ipynb #c019

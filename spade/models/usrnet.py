@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import operators
+from ..basics import for_convolutions
 from .deq import Trace, relative_step
 from .varnet import load_checked, read_weights
 
@@ -71,7 +72,7 @@ class ResUNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Image (B, in_channels, H, W) of any size to (B, out_channels, H, W)."""
         height, width = image.shape[-2:]
-        full = self.m_head(F.pad(image, (0, -width % 8, 0, -height % 8), mode="replicate"))
+        full = self.m_head(F.pad(for_convolutions(image), (0, -width % 8, 0, -height % 8), mode="replicate"))
         half = self.m_down1(full)
         quarter = self.m_down2(half)
         eighth = self.m_down3(quarter)

@@ -19,7 +19,8 @@ from spade.models import (
     complex_to_channels,
     network_name,
 )
-from spade.operators import MultiCoilMRI
+from spade.models.varnet import symmetric_centre
+from spade.operators import MultiCoilMRI, ifft2c
 
 PAPER = {"deq": 999_428, "varnet": 19_634_712, "e2e-varnet": 20_119_610}
 SMALL = {
@@ -272,6 +273,29 @@ def test_estimated_maps_measure_the_projected_image_as_the_cascades_do():
     assert torch.equal(measured.support, cut.support)
     model.project = False
     assert torch.equal(model.effective_operator(y, cut).maps, model.cascade_operator(y, cut).maps)
+
+
+def test_magnitudes_of_varnet_do_not_depend_on_the_phase_of_the_maps():
+    y, A = problem(2)
+    angles = 6 * torch.rand(2, 1, 15, 17, generator=torch.Generator().manual_seed(1))
+    turn = torch.polar(torch.ones_like(angles), angles)
+    turned, model = A.with_maps(A.maps * turn), small("varnet")
+    torch.testing.assert_close(model(y, turned) * turn, model(y, A), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.cascade_operator(y, turned).maps, model.cascade_operator(y, A).maps)
+    acs = model.cascade_operator(y, A).reduce(ifft2c(symmetric_centre(A.mask) * y))
+    assert (acs.real > 0).all() and acs.imag.abs().max() < 1e-5
+    model.align = False
+    assert not torch.allclose(model(y, turned).abs(), model(y, A).abs(), rtol=1e-3, atol=1e-4)
+    assert model.cascade_operator(y, A) is A
+
+
+def test_varnet_measures_with_the_given_maps_and_saves_whether_it_aligns_them():
+    y, A = problem()
+    assert small("varnet").effective_operator(y, A) is A and small("varnet").config()["align"] is True
+    assert "align" not in small("e2e-varnet").config()
+    loaded = VarNet.from_fastmri(small("e2e-varnet").state_dict())
+    assert loaded.config() == SMALL["varnet"] | {"align": False, "project": False}
+    assert (small("varnet")(torch.zeros_like(y), A).abs() < 1e-10).all()  # no phase where the image is zero
 
 
 def test_operator_parameters_are_those_of_the_estimator():

@@ -164,7 +164,7 @@ def write_cfl(path: str | Path, array: np.ndarray) -> Path:
     """Write an array as BART does, `.cfl` and `.hdr`; returns the path of the `.cfl`."""
     base = Path(re.sub(r"\.(cfl|hdr)$", "", str(path)))
     sizes = " ".join(map(str, [*array.shape, *[1] * (16 - array.ndim)]))
-    atomic_write(Path(f"{base}.hdr"), lambda part: part.write_text(f"# Dimensions\n{sizes} \n"))
+    atomic_write(Path(f"{base}.hdr"), lambda part: part.write_text(f"# Dimensions\n{sizes} \n", encoding="utf-8"))
     flat = array.astype(np.complex64).ravel(order="F")
     return atomic_write(Path(f"{base}.cfl"), lambda part: flat.tofile(part))
 

@@ -65,7 +65,7 @@ class TrainingLog(BaseModel):
 
     def write_csv(self, path: Path) -> None:
         """Write one row per update."""
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["step", "loss", "learning_rate", "seconds", "validation"])
             writer.writerows(self.row(step).values() for step in range(1, self.steps + 1))
@@ -239,7 +239,7 @@ class TrainingRun:
         row, accelerator = self.log.row(self.log.steps), self.loop.accelerator
         if accelerator.is_main_process:
             if self.path is not None:
-                with self.path.with_name("curve.csv").open("a") as file:
+                with self.path.with_name("curve.csv").open("a", encoding="utf-8") as file:
                     csv.writer(file, lineterminator="\n").writerow(row.values())
             accelerator.log({k: v for k, v in row.items() if v is not None and k != "step"}, step=row["step"])
             if callback is not None:

@@ -35,7 +35,7 @@ def write_config(folder: Path, **changes: object) -> Path:
     """The smoke configuration with top-level keys changed, in a file of its own."""
     settings = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text(encoding="utf-8"))
     path = folder / "changed.yaml"
-    path.write_text(yaml.safe_dump({**settings, **changes}))
+    path.write_text(yaml.safe_dump({**settings, **changes}), encoding="utf-8")
     return path
 
 
@@ -44,7 +44,7 @@ def write_text(folder: Path, old: str, new: str) -> Path:
     text = (ROOT / "config" / "smoke.yaml").read_text(encoding="utf-8")
     assert text.count(old) == 1
     path = folder / "changed.yaml"
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new), encoding="utf-8")
     return path
 
 
@@ -64,7 +64,11 @@ def test_every_configuration_serves_every_network_and_strategy(name):
 def test_configurations_of_certain_data_serve_the_networks_of_their_problem():
     siat, cbsd68 = load_config("siat"), load_config("cbsd68")
     assert set(siat.networks) == {"deq", "varnet", "e2e-varnet"} and siat.photos is None
-    assert set(cbsd68.networks) == {"usrnet"} <= set(PHOTO_NETWORKS) and cbsd68.data is None and cbsd68.photos.scales == (2, 3, 4)
+    assert (
+        set(cbsd68.networks) == {"usrnet"} <= set(PHOTO_NETWORKS)
+        and cbsd68.data is None
+        and cbsd68.photos.scales == (2, 3, 4)
+    )
     assert "school" in cbsd68.networks["usrnet"].finetuning and cbsd68.networks["usrnet"].published
 
 

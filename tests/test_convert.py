@@ -82,7 +82,9 @@ def test_fastmri_to_bart_and_back_copies_every_number(tmp_path, kspace):
 
 def test_a_cfl_holds_its_first_axis_fastest(tmp_path):
     """As BART's own: the second number of the file is the second along READ."""
-    (tmp_path / "a.hdr").write_text("# Dimensions\n2 3 1 1 1 1 1 1 1 1 1 1 1 1 1 1 \n# Command\nphantom \n")
+    (tmp_path / "a.hdr").write_text(
+        "# Dimensions\n2 3 1 1 1 1 1 1 1 1 1 1 1 1 1 1 \n# Command\nphantom \n", encoding="utf-8"
+    )
     np.arange(6, dtype=np.complex64).tofile(tmp_path / "a.cfl")
     array = read_cfl(tmp_path / "a")[:, :, *[0] * 14]
     assert array.tolist() == [[0, 2, 4], [1, 3, 5]]
@@ -229,7 +231,11 @@ def test_the_command(tmp_path, kspace):
     write_raw(tmp_path / "a.mrd", every_line(kspace))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     call = lambda *words: subprocess.run(
-        [sys.executable, "-m", "spade", "convert", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "spade", "convert", *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     made = call("a.mrd", "--out", "scans/a.h5", "--acquisition", "AXT2", "--json")
     assert json.loads(made.stdout) == {

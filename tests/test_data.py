@@ -272,7 +272,7 @@ def test_absent_truncated_and_foreign_files(files, tmp_path):
     refuse(tmp_path / "absent.h5", FileNotFoundError, "does not exist")
     (tmp_path / "short.h5").write_bytes(files[0].read_bytes()[:5000])
     refuse(tmp_path / "short.h5", ValueError, "not a readable HDF5 file, or was cut short")
-    (tmp_path / "text.h5").write_text("hello")
+    (tmp_path / "text.h5").write_text("hello", encoding="utf-8")
     refuse(tmp_path / "text.h5", ValueError, "not a readable HDF5 file")
 
 

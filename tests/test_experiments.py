@@ -71,7 +71,7 @@ def papermill(
 
 
 def result_of(run: Run, out: Path) -> dict:
-    return json.loads((run.folder(out) / "result.json").read_text())
+    return json.loads((run.folder(out) / "result.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -131,7 +131,9 @@ def test_a_teacher_leaves_a_complete_result(workplace):
     split = result["data"]["split"]
     assert not set(split["train"]) & set(split["test"]) and not set(split["val"]) & set(split["test"])
     assert {"zero-filled psnr", "cg-sense psnr", "varnet psnr"} <= set(result["means"])
-    assert str(ROOT) not in (folder / "result.json").read_text() + (folder / "run.ipynb").read_text()
+    assert str(ROOT) not in (folder / "result.json").read_text(encoding="utf-8") + (folder / "run.ipynb").read_text(
+        encoding="utf-8"
+    )
     assert result["run_key"] == run_key(VARNET, load_config("smoke"), str(workplace / "data"))
 
 

@@ -33,7 +33,7 @@ def test_a_full_disk_leaves_the_old_result(tmp_path):
     path = write_json(tmp_path / "result.json", {"psnr": 30})
 
     def fill(part: Path) -> None:
-        part.write_text('{"psnr": ')
+        part.write_text('{"psnr": ', encoding="utf-8")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
@@ -60,7 +60,7 @@ def test_a_kill_leaves_the_old_result(tmp_path):
 
 def test_a_keyboard_interrupt_leaves_no_rest(tmp_path):
     def interrupt(part: Path) -> None:
-        part.write_text("half")
+        part.write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -69,10 +69,10 @@ def test_a_keyboard_interrupt_leaves_no_rest(tmp_path):
 
 
 def test_readers_see_the_old_or_the_new_file_while_it_is_written(tmp_path):
-    path = atomic_write(tmp_path / "a.txt", lambda part: part.write_text("old"))
+    path = atomic_write(tmp_path / "a.txt", lambda part: part.write_text("old", encoding="utf-8"))
 
     def write(part: Path) -> None:
-        part.write_text("new")
+        part.write_text("new", encoding="utf-8")
         assert path.read_text(encoding="utf-8") == "old" and part.suffix == ".txt"
 
     atomic_write(path, write)

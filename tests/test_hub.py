@@ -27,11 +27,11 @@ def server(tmp_path, monkeypatch) -> Path:
     class Api:
         def create_repo(self, repo, private, exist_ok):
             (folder / repo).mkdir(parents=True, exist_ok=exist_ok)
-            (folder / repo / ".private").write_text(str(private))
+            (folder / repo / ".private").write_text(str(private), encoding="utf-8")
 
         def upload_folder(self, repo_id, folder_path, commit_message):
             shutil.copytree(folder_path, folder / repo_id, dirs_exist_ok=True)
-            (folder / repo_id / ".message").write_text(commit_message)
+            (folder / repo_id / ".message").write_text(commit_message, encoding="utf-8")
 
     def fetch(repo_id, filename, revision, local_dir):
         source = folder / (f"{repo_id}@{revision}" if revision else repo_id) / filename
@@ -64,7 +64,7 @@ def test_a_pushed_network_comes_back_to_the_last_bit(server, tmp_path):
     card = (server / "me/varnet-0.40/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: spade\n") and 'spade.load("hub:me/varnet-0.40")' in card
     assert "psnr" in card and "school" in card and "VarNet" in card
-    assert (server / "me/varnet-0.40/.private").read_text() == "False"
+    assert (server / "me/varnet-0.40/.private").read_text(encoding="utf-8") == "False"
     assert find_checkpoint(address) == tmp_path / "cache/hub/me/varnet-0.40/model.safetensors"
     assert spade.describe(address).startswith("---\nlibrary_name: spade\n")
 

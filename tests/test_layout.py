@@ -255,6 +255,18 @@ def test_the_package_stays_small():
     assert sum(sizes.values()) - beyond <= 7900 and beyond <= 2400, sizes
 
 
+def test_text_files_are_utf_8_in_every_locale():
+    """Without an argument `encoding`, Python takes that of the locale: ASCII for LC_ALL=C."""
+    unspecified = []
+    for path in (*MODULES, *(ROOT / "tests").glob("*.py"), *(ROOT / "workflow").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(call.func, "attr", "") if isinstance(call, ast.Call) else ""
+            given = len(call.args) > (name == "write_text") if name in ("read_text", "write_text") else True
+            if not given and all(keyword.arg != "encoding" for keyword in call.keywords):
+                unspecified.append(f"{path.name}:{call.lineno}")
+    assert not unspecified
+
+
 def module_name(path: Path) -> str:
     """The dotted name of a module of the package."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

@@ -119,7 +119,7 @@ def test_values_without_a_white_are_refused(tmp_path):
 
 
 def test_folders(folder):
-    (folder / "notes.txt").write_text("x")
+    (folder / "notes.txt").write_text("x", encoding="utf-8")
     (folder / ".hidden.png").write_bytes(b"")
     (folder / "sub.png").mkdir()
     assert [path.name for path in find_photos(folder)] == [f"photo{number}.png" for number in range(4)]
@@ -348,7 +348,7 @@ def test_settings_that_are_refused(folder, make, error, message):
 
 
 def test_a_damaged_file_stops_before_training(folder):
-    (folder / "photo2.png").write_text("no image")
+    (folder / "photo2.png").write_text("no image", encoding="utf-8")
     for make in (lambda files: Photographs(files, (2,), KERNELS), lambda files: PhotoCrops(files, 4, crop=32)):
         with pytest.raises(ValueError, match="photo2.png must be a complete image file"):
             make(find_photos(folder))

@@ -94,12 +94,14 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
         cpus=os.cpu_count(),
         memory=psutil.virtual_memory().total // 2**20 - 500,
     )
-    (folder / "slurm.conf").write_text(conf)
+    (folder / "slurm.conf").write_text(conf, encoding="utf-8")
     # Snakemake's plugin empties SLURM_* in its jobs, because a cluster's configuration lies in /etc.
     # Here srun must get its place again.
     wrapper = folder / "bin" / "srun"
     wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun", path=PATHS)} "$@"\n')
+    wrapper.write_text(
+        f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun", path=PATHS)} "$@"\n', encoding="utf-8"
+    )
     wrapper.chmod(0o755)
     environment = {
         **os.environ,
@@ -118,7 +120,7 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
     commands = (["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"], ["slurmd", "-D", "-N", host])
     with contextlib.ExitStack() as started:
         for command in commands:
-            log = started.enter_context((folder / f"{command[0]}.out").open("w"))
+            log = started.enter_context((folder / f"{command[0]}.out").open("w", encoding="utf-8"))
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
             started.callback(process.wait, 20)
             started.callback(process.terminate)

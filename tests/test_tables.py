@@ -144,7 +144,7 @@ def test_a_clone_without_runs_keeps_its_tidy_files(out):
 
 def test_the_configuration_stands_once(three_seeds):
     collect(three_seeds)
-    lines = (three_seeds / "runs.jsonl").read_text().splitlines()
+    lines = (three_seeds / "runs.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 10 and '"config"' in lines[0] and not any('"config"' in line for line in lines[1:])
 
 
@@ -327,13 +327,13 @@ def test_the_time_of_deq_is_that_of_trained_networks(out):
 
 def test_a_failing_write_keeps_the_old_table(out, tmp_path, monkeypatch):
     table = table_1(made(out), ["varnet"])
-    before = write_table(table, "first", tmp_path / "t")[1].read_text()
+    before = write_table(table, "first", tmp_path / "t")[1].read_text(encoding="utf-8")
     monkeypatch.setattr(
         Path, "write_text", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError):
         write_table(table, "second", tmp_path / "t")
-    assert (tmp_path / "t.md").read_text() == before
+    assert (tmp_path / "t.md").read_text(encoding="utf-8") == before
 
 
 # Tables 4 and 6

@@ -471,7 +471,7 @@ def test_accelerate_launch_on_two_processes_gives_the_loss_curve_of_one_with_the
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     script = tmp_path / "script.py"
-    script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    script.write_text(LAUNCHED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)), encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -502,7 +502,7 @@ def test_accelerate_launch_on_two_processes_gives_the_loss_curve_of_one_with_the
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    curves = [json.loads((tmp_path / f"curve-{rank}.json").read_text()) for rank in (0, 1)]
+    curves = [json.loads((tmp_path / f"curve-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     alone = tiny()
     alone.cnn[2].p = 0.0
     doubled = [collate([item(2 * pair), item(2 * pair + 1)]) for pair in range(4)]
@@ -1142,7 +1142,7 @@ def test_accumulated_batches_are_one_large_batch(strategy):
 
 
 def curve(folder: Path) -> list[list[str]]:
-    return [line.split(",") for line in (folder / "curve.csv").read_text().splitlines()]
+    return [line.split(",") for line in (folder / "curve.csv").read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_curve_grows_with_every_update(tmp_path):
@@ -1175,7 +1175,7 @@ def test_a_killed_run_leaves_each_step_once_in_the_curve(tmp_path):
     time.sleep(0.3)  # past a checkpointed step
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    with (tmp_path / "curve.csv").open("a") as file:
+    with (tmp_path / "curve.csv").open("a", encoding="utf-8") as file:
         file.write("99,0.1")  # a line that was cut short
     log = fit(tiny(), 12, folder=tmp_path)
     lines = curve(tmp_path)[1:]

@@ -84,7 +84,7 @@ class Unet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Real image (B, in_channels, H, W) of any size to (B, out_channels, H, W)."""
-        features, skipped = for_convolutions(image), []
+        features, skipped = image if torch.is_grad_enabled() else for_convolutions(image), []
         for block in self.down_sample_layers:
             skipped.append(block(features))
             features = F.avg_pool2d(skipped[-1], 2)

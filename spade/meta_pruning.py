@@ -14,9 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pandas as pd
 import psutil
 import torch
 from pydantic import BeforeValidator, Field
@@ -38,6 +37,9 @@ from spade.pruning import (
     list_priors,
 )
 from .training import Count, FrozenSettings, Loop, Positive, Real, not_bool
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../nbs/models/18_meta_pruning.ipynb #c006
 LATENT = 8  # m
@@ -423,12 +425,20 @@ class MetaReport:
     flops: tuple[int, int, int]  # multiply-accumulates of one pass through each prior, on its example input
     widths: dict[str, tuple[int, int]]  # space: channels before and after
     only_cut: dict[str, str]  # layers that are not generated, and why
-    path: pd.DataFrame  # ratios at each check
+    history: list[list[float]]  # ratios at each check
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> "pd.DataFrame":
         """One row per space: channels before and after."""
+        import pandas as pd
+
         rows = [(name, *widths) for name, widths in self.widths.items()]
         return pd.DataFrame(rows, columns=["space", "before", "after"])
+
+    def path(self) -> "pd.DataFrame":
+        """One row per check: the shares removed with channels and weights, in parameters and FLOPs."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history, columns=["step", "params_c", "params_w", "flops_c", "flops_w"])
 
     def __repr__(self) -> str:
         title = f"{self.settings.criterion} {self.settings.target} in {self.settings.metric}, {self.steps} steps"
@@ -441,9 +451,8 @@ class MetaReport:
 
 def meta_report(search: SearchNetwork) -> MetaReport:
     """The report of a search that has ended."""
-    names, spaces = ["step", "params_c", "params_w", "flops_c", "flops_w"], search.spaces
-    before = Counter(spaces.space)
-    widths = {name: (before[i], after) for i, (name, after) in enumerate(zip(spaces.names, num_alive(search)))}
-    path, counts = pd.DataFrame(search.history, columns=names), (cost(search, "params"), cost(search, "flops"))
+    before, after = Counter(search.spaces.space), num_alive(search)
+    widths = {name: (before[i], after[i]) for i, name in enumerate(search.spaces.names)}
     steps = int(search.history[-1][0]) if search.history else 0
-    return MetaReport(search.settings, steps, *counts, widths, dict(spaces.only_cut), path)
+    counts = cost(search, "params"), cost(search, "flops")
+    return MetaReport(search.settings, steps, *counts, widths, dict(search.spaces.only_cut), list(search.history))

@@ -110,7 +110,9 @@ def test_the_gpu_configuration_is_the_paper_with_three_seeds():
         of_network = [run for run in runs if run.network == network]
         assert {run.acceleration for run in of_network} == {6, 8, 10}
         assert sum(not run.strategy for run in of_network) == 9
-        assert sum(bool(run.strategy) and run.start == "pruned" for run in of_network) == 3 * 3 * 4 * 3
+        of_paper = [run for run in of_network if not run.loss]
+        assert sum(bool(run.strategy) and run.start == "pruned" for run in of_paper) == 3 * 3 * 4 * 3
+        assert sum(run.loss == "split" for run in of_network) == 3
         assert sum(run.start == "random" for run in of_network) == (0 if network == "deq" else 3 * 8)
 
 
@@ -174,8 +176,8 @@ def test_a_wrong_configuration_is_refused(project):
     shutil.copy("config/smoke.yaml", "mine.yaml")
     printed = snakemake("all", "-n", "--configfile", "mine.yaml", "--cores", "1")
     assert "--configfile must be a file in" in printed and printed.endswith("ended with 1")
-    text = Path("config/smoke.yaml").read_text().replace("threads: 1", "threads: 0", 1)
-    Path("config/smoke.yaml").write_text(text)
+    text = Path("config/smoke.yaml").read_text(encoding="utf-8").replace("threads: 1", "threads: 0", 1)
+    Path("config/smoke.yaml").write_text(text, encoding="utf-8")
     printed = snakemake("all", "-n", *arguments("out"))
     assert "threads" in printed and printed.endswith("ended with 1")
 
@@ -205,13 +207,15 @@ def test_acquisitions_of_the_user_are_not_taken_for_photographs(project):
 def edit_config(key: str, value: object, name: str = "smoke") -> None:
     """Change one setting of a configuration of the present project."""
     path = Path("config") / f"{name}.yaml"
-    settings = json.loads(json.dumps(yaml.safe_load(path.read_text())))  # an alias of YAML would change everywhere
+    settings = json.loads(
+        json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")))
+    )  # an alias of YAML would change everywhere
     *parents, last = key.split(".")
     section = settings
     for part in parents:
         section = section.setdefault(part, {})
     section[last] = value
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
 @pytest.fixture
@@ -275,21 +279,21 @@ def test_damaged_tidy_files_are_written_again(completed):
 
 def test_a_change_runs_again_what_depends_on_it_and_nothing_else(completed):
     target = completed
-    written = Path("config/smoke.yaml").read_text()
+    written = Path("config/smoke.yaml").read_text(encoding="utf-8")
     edit_config("networks.varnet.pretraining.steps", 7)
     edit_config("latency.repeats", 9)
     assert plan(*target) == {}, "settings of other networks and of the measurement of time"
     edit_config("networks.deq.finetuning.school.steps", 5)
     assert plan(*target) == {"finetune": 1, "figure_6": 1, "total": 2}, "one student has another number of steps"
-    Path("config/smoke.yaml").write_text(written)
+    Path("config/smoke.yaml").write_text(written, encoding="utf-8")
 
     for name, expected in (("figure_7", {"figure_6": 1, "total": 1}), ("table_mri", {})):
         path = EXPERIMENTS / f"{name}.ipynb"
-        notebook = json.loads(path.read_text())
+        notebook = json.loads(path.read_text(encoding="utf-8"))
         cell = next(cell for cell in reversed(notebook["cells"]) if cell["cell_type"] == "code")
         for added, jobs in (("\n# another comment", {}), ("\nprint('changed')", expected)):
             cell["source"] = [*cell["source"], added]
-            path.write_text(json.dumps(notebook))
+            path.write_text(json.dumps(notebook), encoding="utf-8")
             assert plan(*target) == jobs, (name, added)
         shutil.copy(ROOT / path, path)
     assert plan(*target) == {}
@@ -344,7 +348,7 @@ def test_a_notebook_cut_by_a_full_disk_ends_only_its_own_job(project):
     assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stdout, done.stdout[-3000:]
     assert Path("out/latency/deq.csv").is_file() and not Path("out/notebooks/figure_1.done").exists()
     with pytest.raises(ValueError):
-        json.loads(Path("out/notebooks/figure_1.ipynb").read_text())
+        json.loads(Path("out/notebooks/figure_1.ipynb").read_text(encoding="utf-8"))
     done = call("figure_1", *command[2:])
     assert done.returncode == 0 and Path("out/notebooks/figure_1.done").is_file(), done.stdout[-3000:]
 
@@ -370,7 +374,7 @@ def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
         assert batch.poll() is None, batch.stderr.read()[-3000:]
         time.sleep(0.05)
     kill_family(batch)
-    (folder / "run.ipynb").write_text('{"cells": [')
+    (folder / "run.ipynb").write_text('{"cells": [', encoding="utf-8")
     made = read_state(states[0])[1]["log"]["seconds"]
     assert 4 <= len(made) < 60 and not (folder / "done").exists() and not (folder / "result.json").exists()
 

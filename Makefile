@@ -67,7 +67,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: constraints.txt settings.ini setup.py pyproject.toml | $(VENV)/bin/python
 	@echo "Installing spade into $(VENV) (once, a few minutes) ..."
-	$(PIP) -e .
+	$(PIP) -e '.[paper,batch]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -368,7 +368,9 @@ def code_cells(notebook: str) -> list[str]:
 def code_key(notebook: str, super_resolution: bool, random: bool) -> str:
     """Hash of an experiment notebook and of the modules that can change its numbers."""
     package, unused = Path(checkpoint.__file__).parent, [] if random else ["random_baseline"]
-    unused += "__init__ _modidx config examples figures files latency paper tables workflow".split()  # without numbers
+    unused += "__init__ __main__ _modidx config examples figures files latency paper tables workflow".split()
+    unused += "bench convert deepinv export fmp fmp_runs gpu_block hub importance installation meta_pruning".split()
+    unused += "meta_search plug_and_play reconstruction targets models.sr models.sr_peers".split()  # without numbers
     problem = "data.espirit data.fastmri data.phantom" if super_resolution else "data.kernels data.photos models.usrnet"
     paths = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
     used = sorted(set(paths) - {*unused, *problem.split()})

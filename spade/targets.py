@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,12 +77,12 @@ class Wishes:
         for name in [n for n in ("round_to", "steps", "repeats") if not whole(getattr(self, n))]:
             raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}.")
         for name in ("target_params", "target_macs"):
-            if (value := getattr(self, name)) is not None and not (isinstance(value, Real) and 0 < value < 1):
+            if (value := getattr(self, name)) is not None and not (isinstance(value, (int, float)) and 0 < value < 1):
                 raise ValueError(f"{name} must be a number between 0 and 1, both excluded, got {value!r}.")
         speed = self.target_speedup
-        if speed is not None and not (isinstance(speed, Real) and 1 < speed < math.inf):
+        if speed is not None and not (isinstance(speed, (int, float)) and 1 < speed < math.inf):
             raise ValueError(f"target_speedup must be a number above 1, got {speed!r}.")
-        if self.floor is not None and not (isinstance(self.floor, Real) and 0 <= self.floor < 1):
+        if self.floor is not None and not (isinstance(self.floor, (int, float)) and 0 <= self.floor < 1):
             raise ValueError(f"floor must be a number of at least 0 and below 1, got {self.floor!r}.")
         if self.steps > 1 and not callable(self.finetune):
             raise ValueError(
@@ -133,7 +132,6 @@ class Chooser:
     draft: Draft
     wishes: Wishes
     rates: Mapping[str, float]  # other ratios of some layers
-    comparable: bool = False  # whether scores can be compared across groups as they are
 
     def __post_init__(self) -> None:
         self.groups = [(prior, plan) for prior in self.draft.priors for plan in prior.plans]
@@ -156,7 +154,7 @@ class Chooser:
         kept, pool = self.local(ratio), list[tuple[float, int]]()
         for i, (prior, plan) in enumerate(self.groups):
             if ratio_in(prior.prefix, made_by(plan.members), self.rates, -1.0) < 0:
-                scores = plan.scores if self.comparable else plan.scores / plan.scores.mean().clamp(min=1e-30)
+                scores = plan.scores if self.draft.comparable else plan.scores / plan.scores.mean().clamp(min=1e-30)
                 kept[i], free = len(scores), len(scores) - self.least[i]
                 pool += [(score, i) for score in scores.sort().values[:free].tolist()]
         total = sum(kept)
@@ -197,11 +195,11 @@ def weights_left(prior: PriorDraft) -> dict[str, float]:
         for m in plan.members:
             gone = plan.lost(m)
             if m.side in WIDTHS:
-                touched = [(f"{m.name}.{n}", axis, rows) for n, axis, rows in entries(m.module, m.side, gone)]
+                touched = [(f"{m.name}.{n}", axis, cut) for n, axis, cut in entries(m.module, m.side, gone)]
             else:
                 touched = [(m.name, int(m.side.removeprefix("axis")), gone)]
-            for name, axis, rows in [t for t in touched if t[0] in named]:
-                lost.setdefault((name, axis % named[name].ndim), set()).update(rows)
+            for name, axis, indices in [t for t in touched if t[0] in named]:
+                lost.setdefault((name, axis % named[name].ndim), set()).update(indices)
     left = dict.fromkeys(named, 1.0)
     for (name, axis), rows in lost.items():
         left[name] *= 1 - len(rows) / named[name].shape[axis]
@@ -385,15 +383,13 @@ def drop_whole(draft: Draft, wishes: Wishes) -> None:
             draft.priors.remove(prior)
 
 # %% ../nbs/beyond/52_targets.ipynb #c027
-def adjust(
-    draft: Draft, wishes: Wishes, rates: Mapping[str, float], comparable: bool, inputs: Any, check: bool
-) -> None:
+def adjust(draft: Draft, wishes: Wishes, rates: Mapping[str, float], inputs: Any, check: bool) -> None:
     """Set the plans of a draft to the wishes, and note in its report what was asked for."""
     report, ratio, round_to = draft.report, draft.report.ratio, wishes.round_to
     device = present_device(wishes.device or next(draft.student.parameters()).device)
     if wishes.target:
         drop_failing(draft, check)
-    chooser = Chooser(draft, wishes, rates, comparable)
+    chooser = Chooser(draft, wishes, rates)
     paper = chooser.local(ratio or LEAST)
     if wishes.widths is not None:
         report.ratio, kept = None, exact_units(chooser, wishes.widths)
@@ -424,13 +420,13 @@ def all_kept(draft: Draft) -> dict[str, str]:
 
 def wished_draft(
     teacher: nn.Module, wishes: Wishes, check: bool, ratio: float | None, priors: Iterable[Prior] | None, inputs: Any,
-    importance: Importance = group_l1, ratios: Mapping[str, float] | None = None, **options: Any,
+    importance: Importance | str = group_l1, ratios: Mapping[str, float] | None = None, **options: Any,
 ) -> Draft:  # fmt: skip
     """A draft whose plans fulfil the wishes; nothing is cut."""
     timed_only = wishes.target_speedup is not None and callable(getattr(teacher, "priors", None))
     options |= dict(ratios=ratios, importance=importance, inputs=None if timed_only else inputs)
     draft = draft_network(teacher, LEAST if ratio is None else ratio, priors, **options)
-    adjust(draft, wishes, dict(ratios or {}), getattr(importance, "comparable", False), inputs, check)
+    adjust(draft, wishes, dict(ratios or {}), inputs, check)
     return draft
 
 # %% ../nbs/beyond/52_targets.ipynb #c029
@@ -490,7 +486,7 @@ def plan(
     inputs: Any = None,
     ignored_layers: Iterable[nn.Module | str] = (),
     ratios: Mapping[str, float] | None = None,
-    importance: Importance = group_l1,
+    importance: Importance | str = group_l1,
     **wishes: Any,
 ) -> Preview:
     """The widths that `spade.prune` with the same arguments gives, before anything is cut; raises as `prune`."""

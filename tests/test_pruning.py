@@ -4,7 +4,9 @@ import copy
 import math
 import warnings
 
+import numpy as np
 import pytest
+import scipy.sparse.csgraph
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
@@ -15,6 +17,7 @@ from spade.models import DEQ, E2EVarNet, VarNet
 from spade.operators import MultiCoilMRI
 from spade.pruning import (
     PRUNABLE,
+    connected_components,
     count_macs,
     count_parameters,
     group_l1,
@@ -543,3 +546,15 @@ def test_layers_by_name_and_other_ratios(net):
             prune(model, 0.40, priors(model), **arguments)
     with pytest.raises(ValueError, match="between 0 and 1, both excluded, got 2"):
         prune(model, 0.40, priors(model), ratios={"cnn": 2})
+
+
+@pytest.mark.parametrize("edges", (0, 1, 30, 400))
+@pytest.mark.parametrize("chain", (False, True))
+def test_connected_components_are_scipys(edges, chain):
+    """Of random graphs, and of one long chain in random order, with the same numbers."""
+    rng = np.random.default_rng(edges)
+    a, b = rng.permutation(500)[None, : edges + 1].repeat(2, 0) if chain else rng.integers(500, size=(2, edges))
+    a, b = (a[:-1], b[1:]) if chain else (a, b)
+    graph = scipy.sparse.coo_array((np.ones(len(a)), (a, b)), shape=(500, 500))
+    expected = scipy.sparse.csgraph.connected_components(graph, directed=False)[1]
+    assert connected_components(torch.from_numpy(np.stack([a, b])), 500).tolist() == expected.tolist()

@@ -146,6 +146,7 @@ def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
     """
     for name in ("config", "nbs", "workflow"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", tmp_path)
     parameters = "config = out = target = ''\nmade = False"
     cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     cells.append(nbformat.v4.new_code_cell("image = open('no such image')"))

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PHOTO_NETWORKS', 'STARTS', 'NetworkName', 'StrategyName', 'Pixels', 'NoiseLevel', 'INTEGER', 'FLOAT', 'YAML_ADVICE',
-           'distinct', 'Simulation', 'Data', 'Sampling', 'Photos', 'Equivariance', 'WarmStart', 'NetworkSettings',
-           'Latency', 'Repair', 'Config', 'ConfigLoader', 'read_yaml', 'with_override', 'config_names', 'load_config']
+           'LIMITS', 'distinct', 'Simulation', 'Data', 'Sampling', 'Photos', 'Equivariance', 'WarmStart',
+           'NetworkSettings', 'Latency', 'Repair', 'Config', 'ConfigLoader', 'read_yaml', 'with_override',
+           'config_names', 'load_config', 'setting_comments', 'in_schema_words', 'config_schema']
 
 # %% ../nbs/repro/32_config.ipynb #c003
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from .basics import choose
 from .files import project_root
-from .losses import STRATEGIES
+from .losses import LOSSES, STRATEGIES
 from .models import NETWORKS
 from .training import Count, FrozenSettings, Positive, Ratio, Real, Training, Whole, read_settings
 
@@ -254,3 +256,38 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if (found := settings.get("name", path.stem)) != path.stem:  # results would go to the folder of another file
         raise ValueError(f"{path.name}.name must be the name of the file, {path.stem!r}, or missing, got {found!r}.")
     return read_settings(Config, {**settings, "name": path.stem}, path.name)
+
+# %% ../nbs/repro/32_config.ipynb #c049
+LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def setting_comments(kind: type[FrozenSettings]) -> dict[str, str]:
+    """The comment beside each setting of a class; empty where its source cannot be read."""
+    try:
+        return dict(re.findall(r"(?m)^    (\w+): .*?  # (.+)$", inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return {}
+
+
+def in_schema_words(node: Any) -> Any:
+    """A schema with JSON's words for limits, and without titles that repeat a name."""
+    if isinstance(node, dict):
+        kept = {k: v for k, v in node.items() if not (k == "title" and isinstance(v, str))}
+        return {LIMITS.get(k, k): in_schema_words(v) for k, v in kept.items()}
+    return [in_schema_words(v) for v in node] if isinstance(node, list) else node
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file: names, types, limits, choices and descriptions."""
+    schema = in_schema_words(Config.model_json_schema())
+    schema["required"].remove("name")  # it is the name of the file
+    parts = {"Config": schema, **schema["$defs"]}
+    for kind in (Config, *FrozenSettings.__subclasses__()):
+        for name, text in setting_comments(kind).items() if kind.__name__ in parts else ():
+            parts[kind.__name__]["properties"][name]["description"] = text
+    strategies, losses = {"enum": list(STRATEGIES)}, {"enum": [*LOSSES, None]}
+    for owner, name in (("Config", "random_start"), ("NetworkSettings", "finetuning"), ("WarmStart", "finetuning")):
+        parts[owner]["properties"][name]["propertyNames"] = strategies
+    parts["Config"]["properties"]["networks"]["propertyNames"] = {"enum": list(NETWORKS)}
+    parts["Training"]["properties"]["loss"] |= losses
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A configuration of spade", **schema}

@@ -19,7 +19,7 @@ import yaml
 from pydantic import AfterValidator, Field, model_validator
 
 from .basics import choose
-from .files import project_root
+from .files import project_file
 from .losses import LOSSES, STRATEGIES
 from .models import NETWORKS
 from .training import Count, FrozenSettings, Positive, Ratio, Real, Training, Whole, read_settings
@@ -55,7 +55,7 @@ class Simulation(FrozenSettings):
 class Data(FrozenSettings):
     """Acquisitions of CS-MRI and their split by subject."""
 
-    folder: str  # relative to the folder that holds config/
+    folder: str  # relative to the checkout, or to the current folder outside of one
     subjects: tuple[Count, Count, Count]  # numbers of training, validation and test subjects
     seed: Whole = 0  # of the split and of the masks' offsets
     acquisition: str = "AXT2"  # contrast of the files; empty: all
@@ -242,14 +242,14 @@ def with_override(settings: Mapping[str, Any], key: str, value: Any) -> dict[str
 # %% ../nbs/repro/32_config.ipynb #c039
 def config_names() -> list[str]:
     """The names of the configurations in config/."""
-    return sorted(path.stem for path in (project_root() / "config").glob("*.yaml"))
+    return sorted(path.stem for path in project_file("config").glob("*.yaml"))
 
 # %% ../nbs/repro/32_config.ipynb #c041
 def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a configuration of config/ or a YAML file. Raises ValueError for a wrong or missing setting."""
     path = Path(name)
     if path.suffix != ".yaml":
-        path = project_root() / "config" / f"{choose('config', str(name), config_names())}.yaml"
+        path = project_file("config", f"{choose('config', str(name), config_names())}.yaml")
     settings = read_yaml(path)
     for key, value in (overrides or {}).items():
         settings = with_override(settings, key, value)

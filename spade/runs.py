@@ -40,7 +40,7 @@ from .config import PHOTO_NETWORKS, STARTS, Config, Photos
 from .data import fastmri, phantom
 from .data.kernels import read_kernels, test_kernels
 from .data.photos import MeasurementCrops, PhotoCrops, Photographs, embedded_photos, find_photos
-from .files import atomic_write, notebook_path, plain, project_root, read_json, resolve, write_json
+from .files import atomic_write, is_checkout, notebook_path, plain, project_root, read_json, resolve, write_json
 from .losses import SELF_SUPERVISED, STRATEGIES
 from .models import NETWORKS, USRNet, build
 from .operators import effective_rate
@@ -335,7 +335,9 @@ def pick_device(name: str = "auto") -> torch.device:
     """The device of a configuration; "auto" is the first GPU, if any. Raises ValueError without GPU."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and best == "cpu":
-        raise ValueError(f"device must be one of this machine, got {name!r}, but torch finds no GPU.")
+        advice = f"torch {torch.__version__} is a build without CUDA; the section Install of README.md installs one"
+        why = "torch finds no GPU" if torch.backends.cuda.is_built() else advice
+        raise ValueError(f"device must be one of this machine, got {name!r}, but {why}.")
     return torch.device(best if name == "auto" else name)
 
 
@@ -459,6 +461,7 @@ def picture_batches(test: Any, run: Run) -> list[Batch]:
 def provenance(config: Config | None = None, **facts: Any) -> dict[str, Any]:
     """What made a result: `facts`, the commit, versions, the device and the configuration."""
     command = "git describe --always --dirty=+changes --abbrev=12 --exclude=*"  # "+changes": tracked files differ
+    command = command if is_checkout(project_root()) else ""
     done = subprocess.run(command, shell=True, cwd=project_root(), capture_output=True, text=True)
     packages = ("torch", "accelerate", "numpy", "scikit-image", "h5py")
     versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}

@@ -8,6 +8,7 @@ __all__ = ['MRI_TARGETS', 'SHOWN', 'students', 'block', 'compared_losses', 'run_
            'forget_damaged', 'estimate']
 
 # %% ../nbs/repro/36_workflow.ipynb #c003
+import importlib.resources
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 from .basics import choose, content_key
 from .config import PHOTO_NETWORKS, Config, load_config
 from .figures import EVOLVING
-from .files import project_root, resolve
+from .files import resolve
 from .paper import TABLE_ACCELERATION
 from .runs import Run, code_cells, read_record, shipped_teacher, without_comments
 from .tables import MRI_NETWORKS, read_runs, read_table
@@ -147,7 +148,7 @@ def paper_runs(config: Config) -> dict[str, Run]:
 # %% ../nbs/repro/36_workflow.ipynb #c034
 def report_key(report: Report) -> str:
     """Hash of the parameters, the notebook and the drawing modules of a table or figure, without comments."""
-    package = project_root(__file__ if "__file__" in globals() else ".") / "spade"
+    package = Path(str(importlib.resources.files("spade")))
     modules = [(package / f"{name}.py").read_text(encoding="utf-8") for name in ("tables", "figures", "paper")]
     return content_key(code_cells(report.notebook), [without_comments(module) for module in modules], report.parameters)
 

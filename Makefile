@@ -7,6 +7,7 @@
 #
 # Choices:  NETWORK=deq|varnet|e2e-varnet|usrnet  CONFIG=demo|gpu|... (config/*.yaml)  TARGETS="table_1 figure_3"  CORES=2  GPUS=0
 #           ARGUMENTS="--config acceleration=8": further options of Snakemake
+#           TORCH=cpu|cuda|cu126|cu130|...: the build of torch that the first `make` installs; without it, or with cuda, the package index's
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -19,6 +20,7 @@ TARGETS ?= all
 CORES ?= $(shell nproc)
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 ARGUMENTS ?=
+TORCH ?= cuda
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -26,8 +28,11 @@ BIN := $(VENV)/bin
 ifeq ($(shell test -w "$$HOME" && echo yes),)
 export XDG_CACHE_HOME ?= $(CURDIR)/.snakemake/cache
 endif
-# torch is named with its exact version: a bare name may pull gigabytes of GPU libraries onto a machine without one
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(shell grep '^torch==' constraints.txt)
+# The package index has one build of a version of torch: on Linux with an Intel or AMD processor that for CUDA, 5.2 GB with its libraries. Builds
+# for the CPU (1.5 GB), or another CUDA, are in PyTorch's own index, under cpu, cu126, cu130, ... A version that is installed stays.
+TORCH_PIN := $(shell grep '^torch==' constraints.txt)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = $(PIP_INSTALL) $(TORCH_PIN)
 OPTIONS = --configfile config/$(CONFIG).yaml --cores $(CORES) --resources gpu=$(GPUS) --quiet rules $(ARGUMENTS)
 CHECK = OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/python
 
@@ -37,6 +42,7 @@ endif
 ifeq ($(wildcard config/$(CONFIG).yaml),)
 $(error CONFIG must be one of $(basename $(notdir $(wildcard config/*.yaml))), got $(CONFIG))
 endif
+$(if $(filter cpu cuda cu1% rocm% xpu,$(TORCH)),,$(error TORCH must be cpu, cuda or a build of PyTorch's index such as cu126, got $(TORCH)))
 $(if $(filter $(NETWORK),varnet deq e2e-varnet usrnet),,$(error NETWORK must be one of varnet deq e2e-varnet usrnet, got $(NETWORK)))
 $(if $(filter-out all demo_% outputs/% /% figure_steps $(addprefix table_,1 2 3 4 5 6) $(addprefix figure_,1 2 3 4 5 6 7 8),$(TARGETS)),$(error TARGETS must be all, table_1 ... table_6, figure_1 ... figure_8, figure_steps or demo_<network>, got $(TARGETS)))
 
@@ -67,7 +73,9 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: constraints.txt settings.ini setup.py pyproject.toml | $(VENV)/bin/python
 	@echo "Installing spade into $(VENV) (once, a few minutes) ..."
-	$(PIP) -e '.[paper,batch]'
+	$(if $(filter-out cuda,$(TORCH)),$(PIP_INSTALL) $(TORCH_PIN)+$(TORCH) --extra-index-url https://download.pytorch.org/whl/$(TORCH))
+	@$(BIN)/python -m pip uninstall --quiet --yes spade 2>/dev/null || true  # an older name of this distribution
+	$(PIP) -e '.[batch]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -62,8 +62,16 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . _site
 	@rm -rf jupyter_execute; echo "Open _site/index.html"
 
-lab: $(VENV)/.installed-dev
-	$(BIN)/python -m jupyter lab --notebook-dir nbs
+lab: $(VENV)/.hooks
+	$(BIN)/python -m jupyter lab nbs/index.ipynb
+
+# Once: git merges notebooks cell by cell and trusts them after a pull, by the nbdev of this environment.
+$(VENV)/.hooks: $(VENV)/.installed-dev
+	@if git rev-parse --git-dir >/dev/null 2>&1; then \
+		$(BIN)/nbdev_install_hooks && git config merge.nbdev-merge.driver '$(abspath $(BIN))/nbdev_merge %O %A %B %P' && \
+		sed -i 's|^nbdev_trust|$(abspath $(BIN))/nbdev_trust|' "$$(git rev-parse --git-path hooks)/post-merge"; \
+	fi
+	@touch $@
 
 install: $(VENV)/.installed
 

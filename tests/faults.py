@@ -4,14 +4,17 @@
     python tests/faults.py --seed 1 --kills 20              SIGKILL at random points of a batch that is started again
 
 A fault is *noticed* if reading raises an error that names the file (or the file is made again), *unnamed* if it raises
-another error, *harmless* if all that is read is the same to the last bit, *silent* if not. The files are examples in a
-temporary folder.
+another error or ends the process, *harmless* if all that is read is the same to the last bit, *silent* if not. Each is
+read in a process of its own, and *hangs* if that takes more than 20 s of processor time, or 10 minutes. The files are
+examples in a temporary folder.
 """
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -155,10 +158,11 @@ def zeroed(content: bytes, draw: random.Random) -> bytes:
 
 
 FAULTS = (flipped, cut, zeroed)
+COLUMNS = ("noticed", "unnamed", "harmless", "silent", "hangs")
 
 
 def outcome(kind: Kind, expected: str) -> str:
-    """What reading the damaged file ends in: noticed, unnamed, harmless or silent."""
+    """What reading the damaged file ends in, here: noticed, unnamed, harmless or silent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -170,6 +174,28 @@ def outcome(kind: Kind, expected: str) -> str:
     return "harmless" if found == expected else "silent"
 
 
+def timed_outcome(kind: Kind, expected: str, processor: int = 20, clock: float = 600.0) -> str:
+    """As `outcome`, in a child process: "hangs" if it needs more seconds than these, "unnamed" if it dies."""
+    context = multiprocessing.get_context("fork")  # a loop in a C library ends by a signal only
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (processor, processor + 1))
+        sender.send(outcome(kind, expected))
+
+    process = context.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(clock) else "hangs"
+    except EOFError:
+        process.join()
+        return "hangs" if process.exitcode == -signal.SIGXCPU else f"unnamed: the process ended: {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
 def damage(kind: Kind, seed: int, faults: int) -> dict[str, Counter]:
     """Outcomes by fault, `faults` of each; the file is as before at the end."""
     expected, content = digest(kind.read()), kind.path.read_bytes()
@@ -179,7 +205,7 @@ def damage(kind: Kind, seed: int, faults: int) -> dict[str, Counter]:
             for number in range(faults):
                 damaged = fault(content, random.Random(seed_of("fault", seed, kind.name, fault.__name__, number)))
                 kind.path.write_bytes(damaged)
-                ended = outcome(kind, expected) if damaged != content else "harmless"
+                ended = timed_outcome(kind, expected) if damaged != content else "harmless"
                 found[fault.__name__][ended.partition(":")[0]] += 1
                 if not ended.startswith(("noticed", "harmless")):
                     print(f"{kind.name}, {fault.__name__} {number}: {ended}", file=sys.stderr)
@@ -194,12 +220,12 @@ def all_kinds(folder: Path) -> list[Kind]:
 
 
 def table(found: dict[str, dict[str, Counter]]) -> pd.DataFrame:
-    """A row per kind of file: faults tried, noticed, harmless, silent."""
+    """A row per kind of file: faults tried, and what they ended in."""
     rows = []
     for kind, outcomes in found.items():
         total = sum(outcomes.values(), Counter())
         tried = {"file": kind, "tried": total.total()}
-        rows.append(tried | {name: total[name] for name in ("noticed", "unnamed", "harmless", "silent")})
+        rows.append(tried | {name: total[name] for name in COLUMNS})
     return pd.DataFrame(rows)
 
 
@@ -228,17 +254,18 @@ def copy_project(folder: Path, names: tuple[str, ...] = ("config", "nbs", "workf
     ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for name in names:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "settings.ini", folder)  # by which a checkout is recognised
     return folder
 
 
 def longer_smoke(project: Path) -> None:
     """More steps for VarNet and a state after each few, so that kills meet trainings."""
     path = project / "config" / "smoke.yaml"
-    settings = yaml.safe_load(path.read_text())
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     varnet = settings["networks"]["varnet"]
     varnet["pretraining"] = {"steps": 150, "learning_rate": 1e-3, "checkpoint_every": 5}
     varnet["finetuning"] = {name: {"steps": 60, "checkpoint_every": 5} for name in varnet["finetuning"]}
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
 def batch(project: Path, out: str, *more: str) -> subprocess.Popen:
@@ -323,7 +350,7 @@ def main() -> int:
         chosen = [kind for kind in all_kinds(Path(folder)) if given.kind in kind.name]
         found = table({kind.name: damage(kind, given.seed, given.faults) for kind in chosen})
     print(found.to_markdown(index=False))
-    return int(found[["unnamed", "silent"]].to_numpy().sum() > 0)
+    return int(found[["unnamed", "silent", "hangs"]].to_numpy().sum() > 0)
 
 
 if __name__ == "__main__":

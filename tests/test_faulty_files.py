@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from faults import Kind, timed_outcome
 
 from spade.basics import loader, seed_of
 from spade.data.espirit import espirit
@@ -463,3 +464,36 @@ def test_measured_kspace_in_another_layout_is_doubted(shared, name):
     for axis, words in ((-2, "rows"), (-1, "columns")):
         expected = f"its image is split at the edges of the {words}: k-space is multiplied by (-1)^n along them?"
         assert chopped[axis] == (expected if axis in seen.get(name, (-2, -1)) else "")
+
+
+@pytest.fixture(scope="module")
+def foreign(acquisition, tmp_path_factory) -> Path:
+    """The acquisition as fastMRI's files are written: an older format, text of variable length."""
+    path = tmp_path_factory.mktemp("foreign") / "foreign.h5"
+    with h5py.File(acquisition) as source, h5py.File(path, "w") as file:
+        file["ismrmrd_header"], file["kspace"] = source["ismrmrd_header"][()].decode(), source["kspace"][()]
+        file.attrs.update(acquisition="AXT2", patient_id="anna")
+    return path
+
+
+@pytest.mark.parametrize("object_number", (1, 2, 3))
+def test_zeros_in_a_heap_of_text_do_not_stop_a_reader_for_ever(foreign, tmp_path, object_number):
+    """libhdf5 2.0 and older ones loop at an object of size 0; the first object of this heap is the header."""
+    content, number = foreign.read_bytes(), object_number.to_bytes(8, "little")
+    heap = content.index(b"GCOL")
+    place = heap + content[heap:].index(number, 16)
+    damaged = tmp_path / "damaged.h5"
+    damaged.write_bytes(content[:place] + bytes(heap + 4096 - place) + content[heap + 4096 :])
+    ended = timed_outcome(Kind("damaged", damaged, lambda: [*read_volume_header(damaged)]), "")
+    assert ended == "noticed"
+    with pytest.raises(ValueError, match=r"text in .*damaged.h5 is damaged: zeros in the heap of HDF5. Copy the file"):
+        read_volume_header(damaged)
+
+
+def test_damaged_groups_of_foreign_files_are_refused_by_name(foreign, tmp_path):
+    content, damaged = foreign.read_bytes(), tmp_path / "damaged.h5"
+    for block in (b"TREE", b"SNOD", b"HEAP"):
+        place = content.index(block)
+        damaged.write_bytes(content[:place] + bytes(16) + content[place + 16 :])
+        with pytest.raises(ValueError, match=r"damaged.h5 "):
+            read_volume_header(damaged)

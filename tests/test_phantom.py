@@ -238,7 +238,7 @@ def test_image_values_that_are_refused(tmp_path):
         read_own_images(images, [2, 3])
     with pytest.raises(ValueError, match="num_subjects must be at most 4 .* got 5"):
         simulate(tmp_path, 5, None, images=images, progress=False)
-    (tmp_path / "text.h5").write_text("not HDF5")
+    (tmp_path / "text.h5").write_text("not HDF5", encoding="utf-8")
     with pytest.raises(ValueError, match="text.h5 is not a readable HDF5 file"):
         open_images(tmp_path / "text.h5")
     with pytest.raises(FileNotFoundError, match="absent.h5 does not exist"):

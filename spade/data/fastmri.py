@@ -103,7 +103,7 @@ def as_complex(values: np.ndarray) -> Tensor:
 # %% ../../nbs/data/23_fastmri.ipynb #c015
 def read_volume_header(path: str | Path) -> Volume:
     """Read the header of a file; raises `ValueError` where it is not as fastMRI writes it."""
-    with open_hdf5(path) as file:
+    with open_hdf5(path, text=True) as file:
         slices, coils, rows, columns = kspace_shape(file)
         stored = dataset_of(file, "ismrmrd_header") if "ismrmrd_header" in file else None
         try:

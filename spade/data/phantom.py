@@ -8,18 +8,22 @@ __all__ = ['ASSETS', 'TISSUE_STEP', 'LATTICE', 'LATTICE_STEP', 'BRAIN_EDGE', 'RE
            'draw_lesions', 'draw_subject', 'brain_tissues', 'step_up', 'outer_layers', 'lesion_fraction',
            'head_tissues', 'texture', 'vessels', 'magnitude_image', 'smooth_phase', 'coil_loops', 'biot_savart',
            'coil_maps', 'Scan', 'check_scan', 'centred_fft', 'centre_fit', 'object_level', 'acquire', 'ismrmrd_header',
-           'open_hdf5', 'attribute', 'header_digest', 'is_intact', 'Acquisition', 'write_acquisition',
-           'simulate_slices', 'find_dataset', 'image_labels', 'Images', 'open_images', 'read_own_images', 'resize',
-           'simulate_image_slices', 'image_acquisitions', 'drawn_acquisitions', 'simulate']
+           'endless', 'HeapReader', 'check_heaps', 'open_hdf5', 'attribute', 'header_digest', 'is_intact',
+           'Acquisition', 'write_acquisition', 'simulate_slices', 'find_dataset', 'image_labels', 'Images',
+           'open_images', 'read_own_images', 'resize', 'simulate_image_slices', 'image_acquisitions',
+           'drawn_acquisitions', 'simulate']
 
 # %% ../../nbs/data/22_phantom.ipynb #c003
 import importlib.resources
+import io
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -314,20 +318,73 @@ def ismrmrd_header(shape: Sequence[int], num_coils: int, oversampling: int = 2) 
     template = (ASSETS / "ismrmrd_header.xml").read_text(encoding="utf-8")
     return template.format(coils=num_coils, last=shape[1] - 1, centre=shape[1] // 2, **sizes, **lengths)
 
-# %% ../../nbs/data/22_phantom.ipynb #c074
-def open_hdf5(path: str | Path, expected: str = "a fastMRI multi-coil HDF5 file") -> h5py.File:
-    """Open an HDF5 file; raises `FileNotFoundError`, or `ValueError` for one that is not readable."""
+# %% ../../nbs/data/22_phantom.ipynb #c075
+def endless(block: bytes) -> bool:
+    """Whether this is a heap of text (`GCOL`) with an object of size 0, at which libhdf5 stays for ever."""
+    size, place = int.from_bytes(block[8:16], "little"), 16  # of the heap, and of its first object
+    while block[:4] == b"GCOL" and place + 16 <= size <= len(block):
+        index, length = (int.from_bytes(block[place + at : place + end], "little") for at, end in ((0, 2), (8, 16)))
+        if (step := 16 + -(-length // 8) * 8 if index else length) == 0:  # index 0: free space, with its header
+            return True
+        place += step
+    return False
+
+
+class HeapReader(io.FileIO):
+    """A file for h5py that raises `OSError` where an endless heap is read, and notes it."""
+
+    found = False
+
+    def heap(self, start: int) -> bytes:
+        """The heap that begins at this byte."""
+        self.seek(start)
+        head = self.read(16)
+        return head + self.read(min(int.from_bytes(head[8:], "little"), 2**24))
+
+    def readinto(self, buffer: Any) -> int:
+        """Read as every file does, and look at the heaps that begin in what was read."""
+        start, count = self.tell(), super().readinto(buffer)
+        places = [match.start() for match in re.finditer(b"GCOL", bytes(memoryview(buffer)[:count]))]
+        self.found = self.found or any(endless(self.heap(start + place)) for place in places)
+        self.seek(start + count)
+        if self.found:
+            raise OSError("endless heap")
+        return count
+
+
+def check_heaps(path: str | Path) -> None:
+    """Raise `ValueError` if text of a file, attribute or dataset, is in an endless heap."""
+    with HeapReader(path) as raw:
+        with suppress(Exception), h5py.File(raw, "r") as file:  # other faults are left to the reader
+            for holder, name in [(holder, name) for holder in (file.attrs, file) for name in holder]:
+                with suppress(Exception):
+                    value = holder[name]
+                    value[()] if isinstance(value, h5py.Dataset) and value.dtype.kind == "O" else None
+        if raw.found:
+            raise ValueError(f"text in {path} is damaged: zeros in the heap of HDF5. Copy the file again.")
+
+# %% ../../nbs/data/22_phantom.ipynb #c077
+@contextmanager
+def open_hdf5(
+    path: str | Path, expected: str = "a fastMRI multi-coil HDF5 file", text: bool = False
+) -> Iterator[h5py.File]:
+    """Context with an HDF5 file, whose text is checked first on request.
+
+    Raises `FileNotFoundError`, or `ValueError` where the file or a part that is read is damaged."""
     if not os.path.exists(path):  # also where its name is too long
         raise FileNotFoundError(f"{path} does not exist; expected {expected}.")
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        reason = str(error).splitlines()[0]
+        with h5py.File(path, "r") as file:
+            if text:
+                check_heaps(path)
+            yield file
+    except (KeyError, OSError, RuntimeError) as error:
+        reason = str(error.args[-1]).splitlines()[0]
         locked = "is locked by another program: close it, or set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
-        fault = locked if "unable to lock" in reason else f"is not a readable HDF5 file, or was cut short ({reason})"
-        raise ValueError(f"{path} {fault}.") from None
+        fault = f"is not a readable HDF5 file, or was cut short or damaged ({reason})"
+        raise ValueError(f"{path} {locked if 'unable to lock' in reason else fault}.") from None
 
-# %% ../../nbs/data/22_phantom.ipynb #c076
+# %% ../../nbs/data/22_phantom.ipynb #c079
 def attribute(file: h5py.File, name: str) -> str:
     """An attribute of the file as text, of fixed or variable length; "" for none."""
     value = file.attrs.get(name, "")
@@ -346,21 +403,21 @@ def is_intact(path: Path, key: str) -> bool:
     if not os.path.exists(path):
         return False
     try:
-        file = open_hdf5(path, "")
-        own = file.attrs.get("spade_simulated", False)
-    except (OSError, ValueError) as error:
+        with open_hdf5(path, "") as file:
+            own = file.attrs.get("spade_simulated", False)
+    except ValueError as error:
         raise FileExistsError(f"{str(error).removesuffix('.')}; it is not replaced.") from None
-    with file:
-        if not own:
-            raise FileExistsError(f"{path} is not the simulator's: it is not replaced, choose another folder or name.")
-        try:
+    if not own:
+        raise FileExistsError(f"{path} is not the simulator's: it is not replaced, choose another folder or name.")
+    try:
+        with open_hdf5(path, text=True) as file:
             finite = all(np.isfinite(one).all() for name in ("kspace", "reconstruction_rss") for one in file[name])
             found = attribute(file, "spade_key"), attribute(file, "spade_digest")
             return finite and found == (key, header_digest(file))
-        except (OSError, KeyError, TypeError, ValueError):  # a checksum that fails
-            return False
+    except (TypeError, ValueError):  # a checksum that fails
+        return False
 
-# %% ../../nbs/data/22_phantom.ipynb #c077
+# %% ../../nbs/data/22_phantom.ipynb #c080
 class Acquisition(NamedTuple):
     """One file to be written."""
 
@@ -389,7 +446,7 @@ def write_acquisition(path: Path, job: Acquisition) -> Path:
 
     return path if is_intact(path, job.key) else atomic_write(path, write)
 
-# %% ../../nbs/data/22_phantom.ipynb #c080
+# %% ../../nbs/data/22_phantom.ipynb #c083
 VERSION = 3  # of the simulation: raise it when the same settings give other numbers
 
 
@@ -405,7 +462,7 @@ def simulate_slices(tissue: Tensor, seed: int, number: int, slices: int, scan: S
         image = torch.polar(image, smooth_phase(fine, generator))
         yield acquire(image, coil_maps(scan.num_coils, fine, z, turn=turn), scan, generator)
 
-# %% ../../nbs/data/22_phantom.ipynb #c084
+# %% ../../nbs/data/22_phantom.ipynb #c087
 def find_dataset(file: h5py.File, name: str | None) -> h5py.Dataset:
     """The dataset of images: the one named, or the only one that can hold images."""
     others = ", ".join(sorted(file)) or "none"
@@ -422,7 +479,7 @@ def find_dataset(file: h5py.File, name: str | None) -> h5py.Dataset:
         raise ValueError(f"{values.name[1:]!r} in {file.filename} is {kind}.")
     return values
 
-# %% ../../nbs/data/22_phantom.ipynb #c085
+# %% ../../nbs/data/22_phantom.ipynb #c088
 def image_labels(file: h5py.File, count: int, subjects: str | None) -> dict[str, list[int]]:
     """Which images show which subject, in the order of the file."""
     if subjects in ("all", "each"):
@@ -452,11 +509,11 @@ def open_images(path: str | Path, dataset: str | None = None, subjects: str | No
 
     `dataset` None: the only one with 3 or 4 axes. `subjects`: the dataset of labels, "all" or "each"; None: a dataset
     "subject", "patient_id", "subject_inferred" or "subject_index"."""
-    with open_hdf5(path, "an HDF5 file of images") as file:
+    with open_hdf5(path, "an HDF5 file of images", text=True) as file:
         found = find_dataset(file, dataset)
         return Images(Path(path), found.name, image_labels(file, len(found), subjects))
 
-# %% ../../nbs/data/22_phantom.ipynb #c087
+# %% ../../nbs/data/22_phantom.ipynb #c090
 def read_own_images(images: Images, indices: Sequence[int]) -> Tensor:
     """Images of the file, complex64 `(n, H, W)`, maximum 1; `ValueError` for an empty one or a NaN."""
     with h5py.File(images.path, "r") as file:
@@ -469,7 +526,7 @@ def read_own_images(images: Images, indices: Sequence[int]) -> Tensor:
             raise ValueError(f"image {index} in {images.path} is {'not finite' if maximum else 'zero everywhere'}.")
     return values / peak.max()
 
-# %% ../../nbs/data/22_phantom.ipynb #c090
+# %% ../../nbs/data/22_phantom.ipynb #c093
 def resize(image: Tensor, shape: Sequence[int]) -> Tensor:
     """A complex image `(h, w)` resampled to (H, W) through its spectrum, padded to its proportions."""
     (h, w), (height, width) = image.shape, shape
@@ -477,7 +534,7 @@ def resize(image: Tensor, shape: Sequence[int]) -> Tensor:
     spectrum = centre_fit(fft2c(centre_fit(image, padded)), shape)
     return ifft2c(spectrum) * math.sqrt(height * width / (padded[0] * padded[1]))
 
-# %% ../../nbs/data/22_phantom.ipynb #c093
+# %% ../../nbs/data/22_phantom.ipynb #c096
 def simulate_image_slices(values: Tensor, label: str, seed: int, scan: Scan, add_phase: bool) -> Iterator[Tensor]:
     """k-space, complex64 `(coils, oversampling·H, W)`, of one subject's images, complex `(n, h, w)`."""
     generator = seeded("images", seed, label)
@@ -488,7 +545,7 @@ def simulate_image_slices(values: Tensor, label: str, seed: int, scan: Scan, add
             image = image * torch.polar(torch.ones(scan.shape), smooth_phase(scan.shape, generator))
         yield acquire(image, coil_maps(scan.num_coils, scan.shape, z, turn=turn), scan, generator)
 
-# %% ../../nbs/data/22_phantom.ipynb #c094
+# %% ../../nbs/data/22_phantom.ipynb #c097
 def image_acquisitions(
     images: Images, num_subjects: int | None, slices: int | None, scan: Scan, seed: int, add_phase: bool | None
 ) -> Iterator[Acquisition]:
@@ -503,7 +560,7 @@ def image_acquisitions(
         key = content_key("images", VERSION, values, label, seed, phase, list(own))
         yield Acquisition(label, label, key, own, partial(simulate_image_slices, values, label, seed, own, phase))
 
-# %% ../../nbs/data/22_phantom.ipynb #c097
+# %% ../../nbs/data/22_phantom.ipynb #c100
 def drawn_acquisitions(num_subjects: int, slices: int, scan: Scan, seed: int, name: str) -> Iterator[Acquisition]:
     """An acquisition for each subject drawn from the seed."""
     tissue = load_tissue()
@@ -512,7 +569,7 @@ def drawn_acquisitions(num_subjects: int, slices: int, scan: Scan, seed: int, na
         draw = partial(simulate_slices, tissue, seed, number, slices, scan)
         yield Acquisition(f"{number:04d}", f"{name}-{seed}-{number:04d}", key, scan, draw)
 
-# %% ../../nbs/data/22_phantom.ipynb #c098
+# %% ../../nbs/data/22_phantom.ipynb #c101
 def simulate(
     folder: str | Path,  # where the files go
     num_subjects: int | None,  # None, with `images`: all

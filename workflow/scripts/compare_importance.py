@@ -1,0 +1,117 @@
+"""Compare the rankings of spade.importance at equal operations and equal fine-tuning; resumable.
+
+    python workflow/scripts/compare_importance.py --network varnet --steps 24 --out outputs/importance
+
+The demo's teacher is pruned to the multiply-accumulates that ratio 0.40 of the paper leaves, fine-tuned with ground
+truth, and judged on slices of the test subjects. Results are appended to OUT/importance.csv, one row per student and
+stage ("before" or "after" fine-tuning); settings and provenance are in OUT/NETWORK.json. Rows that exist are kept.
+"""
+
+import argparse
+import copy
+import csv
+import time
+from pathlib import Path
+
+import torch
+
+from spade import checkpoint
+from spade.config import load_config
+from spade.files import write_json
+from spade.finetuning import finetune
+from spade.importance import Random, Taylor
+from spade.metrics import evaluate
+from spade.pruning import prune
+from spade.runs import Run, datasets, file_checksum, find_teacher, provenance, training_of
+
+METHODS = [  # importance, scope, cuts
+    *[(name, "local", 1) for name in ("l1", "random", "taylor", "l2", "fpgm")],
+    *[(name, "global", 1) for name in ("l1", "taylor", "lamp")],
+    ("l1", "local", 2),
+]
+COLUMNS = "network importance scope cuts seed stage psnr ssim parameters macs seconds".split()
+
+
+def arguments() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--network", default="varnet")
+    parser.add_argument("--ratio", type=float, default=0.40)
+    parser.add_argument("--steps", type=int, default=24, help="updates of Adam per student")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rows", type=int, default=None, help="image rows that a step sees")
+    parser.add_argument("--train", type=int, default=24, help="training slices")
+    parser.add_argument("--test", type=int, default=12, help="test slices")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default="", help="folder of the demo's acquisitions")
+    parser.add_argument("--out", type=Path, default=Path("outputs/importance"))
+    return parser.parse_args()
+
+
+def evenly(dataset, count: int) -> list:
+    """`count` batches of one slice, evenly spread over a dataset."""
+    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().int().tolist()
+    return [dataset.collate([dataset[i]]) for i in chosen]
+
+
+def pruned(teacher, name: str, scope: str, cuts: int, seed: int, train: list, options, removed: float, tune):
+    """The student of one method; its widths are the paper's, or those of a global ranking at equal operations."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    importance = {"taylor": Taylor([train[i] for i in order[:4]]), "random": Random(seed)}.get(name, name)
+    asked = dict(ratio=options.ratio) if scope == "local" else dict(target_macs=removed, scope="global")
+    more = dict(steps=cuts, finetune=tune) if cuts > 1 else {}
+    return prune(teacher, importance=importance, check=False, **asked, **more)
+
+
+def main() -> None:
+    """Run all students that have no row yet, seed by seed."""
+    options, began = arguments(), time.time()
+    torch.set_num_threads(1)
+    config, run = load_config("demo"), Run(options.network, 6, options.ratio, "supervised")
+    source = find_teacher(run, config, teacher="shipped")
+    teacher, splits = checkpoint.load(source), datasets(config, run, options.data, progress=False)
+    train, test = evenly(splits["train"], options.train), evenly(splits["test"], options.test)
+    loss = training_of(config, run).loss
+    settings = dict(learning_rate=options.learning_rate, schedule="cosine", warmup=4, clip=1.0, loss=loss)
+    settings |= dict(rows=options.rows) if options.rows else {}
+    path = options.out / "importance.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(",".join(COLUMNS) + "\n")
+    done = {tuple(row[:6]) for row in csv.reader(path.open())}
+    score = lambda network: evaluate(network, test, progress=False)[["psnr", "ssim"]].mean()
+
+    def note(key: tuple, stage: str, network, macs: int, seconds: float) -> None:
+        psnr, ssim = score(network)
+        row = [*key, stage, f"{psnr:.4f}", f"{ssim:.5f}", sum(p.numel() for p in network.parameters()), macs]
+        with path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([*row, f"{seconds:.1f}"])
+        print(f"{time.time() - began:.0f} s", *row, flush=True)
+
+    student = prune(teacher, options.ratio, check=False)
+    removed = 1 - student.pruning_report.macs_after / student.pruning_report.macs_before
+    facts = dict(network=options.network, ratio=options.ratio, steps=options.steps, train_slices=len(train),
+                 test_slices=len(test), settings=settings, macs_removed=removed,
+                 macs_before=student.pruning_report.macs_before, teacher=source.name, teacher_sha256=file_checksum(source))  # fmt: skip
+    write_json(options.out / f"{options.network}.json", facts | provenance(script=Path(__file__).name))
+    if (options.network, "teacher", "", "0", "0", "after") not in done:
+        note((options.network, "teacher", "", 0, 0), "after", teacher, student.pruning_report.macs_before, 0.0)
+    for seed in range(options.seeds):
+        for name, scope, cuts in METHODS:
+            key = (options.network, name, scope, cuts, seed)
+            if tuple(map(str, (*key, "after"))) in done:
+                continue
+            began_student = time.process_time()
+            tune = lambda network, steps=options.steps // cuts, seed=seed: finetune(
+                network, train, "supervised", steps=steps, seed=seed, progress=False, **settings
+            )
+            student = pruned(teacher, name, scope, cuts, seed, train, options, removed, tune)
+            macs = student.pruning_report.macs_after
+            if seed == 0 or name in ("random", "taylor") or cuts > 1:
+                note(key, "before", copy.deepcopy(student).eval(), macs, 0.0)
+            tune(student)
+            note(key, "after", student, macs, time.process_time() - began_student)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,22 +2,30 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import click.testing
 import pytest
 import torch
 
 import spade
+import spade.__main__ as command_line
 from spade.data.phantom import simulate
+from spade.hub import save_folder
 from spade.models import VarNet
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+SCANS = ("--data", "scans", "--acceleration", 4)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def made(tmp_path_factory) -> Path:
     """A folder with a small VarNet and two simulated scans."""
     path = tmp_path_factory.mktemp("command line")
     torch.manual_seed(0)
@@ -26,34 +34,40 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def call(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "spade", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def folder(made, monkeypatch) -> Path:
+    """That folder, which has no project around it, as the current one."""
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("COLUMNS", "100")
+    return made
+
+
+def call(*arguments: object) -> click.testing.Result:
+    """One command in this process: a new one would load torch again."""
+    done = click.testing.CliRunner().invoke(command_line.main, [*map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
 
 
 def test_each_verb_runs_from_a_folder_without_a_project(folder):
-    made = call(folder, "prune", "teacher.safetensors", "--ratio", "0.4", "--out", "student", "--json")
-    facts = json.loads(made.stdout)
-    assert made.returncode == 0 and facts["parameters_after"] < facts["parameters_before"], made.stderr
-    arguments = ("--data", "scans", "--acceleration", 4)
-    tuned = call(
-        folder, "finetune", "student.safetensors", *arguments, "--teacher", "teacher.safetensors",
-        "--steps", 3, "--out", "tuned", "--json",
-    )  # fmt: skip
-    assert tuned.returncode == 0 and json.loads(tuned.stdout)["steps"] == 3, tuned.stderr
-    again = call(
-        folder, "finetune", "student.safetensors", *arguments, "--teacher", "teacher.safetensors",
-        "--steps", 3, "--out", "again", "--json",
-    )  # fmt: skip
-    assert json.loads(again.stdout)["loss"] == json.loads(tuned.stdout)["loss"]
-    judged = call(folder, "evaluate", "teacher.safetensors", "tuned.safetensors", *arguments, "--json")
-    rows = json.loads(judged.stdout)["networks"]
+    cut = call("prune", "teacher.safetensors", "--ratio", "0.4", "--out", "student", "--json")
+    facts = json.loads(cut.stdout)
+    assert cut.exit_code == 0 and facts["parameters_after"] < facts["parameters_before"], cut.stderr
+    words = ("finetune", "student.safetensors", *SCANS, "--teacher", "teacher.safetensors", "--steps", 3, "--json")
+    tuned = call(*words, "--out", "tuned")
+    assert tuned.exit_code == 0 and json.loads(tuned.stdout)["steps"] == 3, tuned.stderr
+    assert json.loads(call(*words, "--out", "again").stdout)["loss"] == json.loads(tuned.stdout)["loss"]
+    rows = json.loads(call("evaluate", "teacher.safetensors", "tuned", *SCANS, "--json").stdout)["networks"]
     assert [row["images"] for row in rows] == [2, 2] and all(5 < row["psnr"] < 60 for row in rows)
-    images = call(folder, "reconstruct", "tuned.safetensors", *arguments, "--out", "images", "--png", "--json")
+    images = call("reconstruct", "tuned.safetensors", *SCANS, "--out", "images", "--png", "--json")
     assert len(json.loads(images.stdout)["files"]) == 2 and len(list((folder / "images").glob("*.png"))) == 2
-    card = call(folder, "info", "tuned.safetensors")
-    assert card.returncode == 0 and "VarNet" in card.stdout and "school" in card.stdout
+    card = call("info", "tuned.safetensors")
+    assert card.exit_code == 0 and "VarNet" in card.stdout and "school" in card.stdout
+    there = call("convert", "scans/demo_0001.h5", "--out", "there.cfl", "--json")
+    assert json.loads(there.stdout)["coils"] == 4, there.stderr
+    back = call("convert", "there.cfl", "--out", "new/back.h5", "--oversampling", 2, "--acquisition", "AXT1", "--json")
+    facts = {"acquisition": "AXT1", "slices": 1, "coils": 4, "rows": 128, "columns": 128, "mask": False}
+    assert json.loads(back.stdout) == {"file": "new/back.h5", **facts}
     assert not (folder / "config").exists() and not (folder / "outputs").exists()
 
 
@@ -64,21 +78,91 @@ def test_each_verb_runs_from_a_folder_without_a_project(folder):
         (("prune", "teacher.safetensors", "--rati", "0.4"), "Did you mean '--ratio'?"),
         (("prune", "teacher.safetensors", "--ratio", "4", "--out", "x"), "ratio must be a number between 0 and 1"),
         (("prune", "missing", "--ratio", "0.4", "--out", "x"), "'missing' does not exist"),
+        (("prune", "hub:missing", "--ratio", "0.4", "--out", "x"), "repo must be owner/name"),
         (("info", "scans/demo_0001.h5"), "demo_0001.h5"),
         (("finetune", "teacher.safetensors", "--data", "scans", "--strategy", "shool", "--out", "x"), "school"),
         (("evaluate", "teacher.safetensors", "--data", "."), "h5"),
         (("reconstruct", "teacher.safetensors", "--data", "scans", "--out", "scans"), "out must be another folder"),
+        (("convert", "scans/demo_0001.h5", "--out", "x.npy"), "out must end in .h5"),
+        (("demo", "--network", "varnt"), "varnet"),
+        (("plan", "--config", "dmeo"), "demo"),
+        (("index", "missing"), "'missing' does not exist"),
     ),
 )
 def test_a_wrong_choice_ends_with_one_sentence_and_exit_code_2(folder, arguments, sentence):
-    done = call(folder, *arguments)
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr
-    assert sentence in done.stderr and not (folder / "x.safetensors").exists()
+    done = call(*arguments)
+    assert done.exit_code == 2 and done.stdout == "", done.stderr
+    assert sentence in done.stderr and done.stderr.splitlines()[-1].startswith("Error: "), done.stderr
+    assert not (folder / "x.safetensors").exists()
 
 
-def test_help_has_an_example_and_does_not_load_torch(folder):
-    for verb in ("prune", "finetune", "evaluate", "reconstruct", "info"):
-        text = call(folder, verb, "--help").stdout
+@pytest.mark.parametrize("option", ("--rat", "--ou", "--js"))
+def test_shortened_options_are_refused(folder, option):
+    done = call("prune", "teacher", "--ratio", "0.4", "--out", "x", option, "1")
+    assert done.exit_code == 2 and f"No such option '{option}'" in done.stderr
+
+
+def test_a_file_is_named_without_ending_a_folder_too_and_what_it_holds_decides(folder):
+    assert json.loads(call("info", "teacher", "--json").stdout)["model"] == "VarNet"
+    save_folder(spade.load("teacher"), "published", strategy="school")
+    assert "school" in call("info", "published").stdout
+    torch.save({"a": torch.ones(1)}, folder / "other.weights")
+    wrong = call("prune", "other.weights", "--ratio", "0.4", "--out", "x")
+    assert wrong.exit_code == 2 and "must hold weights of fastMRI's VarNet or of USRNet" in wrong.stderr
+
+
+def test_a_failed_job_ends_with_exit_code_1_and_one_sentence(folder):
+    """A folder stands where the result belongs."""
+    (folder / "taken.safetensors").mkdir()
+    done = call("prune", "teacher.safetensors", "--ratio", "0.4", "--out", "taken", "--json")
+    assert done.exit_code == 1 and done.stdout == "" and done.stderr.startswith("Error: "), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_ctrl_c_ends_with_exit_code_130(folder):
+    words = "finetune teacher --data scans --acceleration 4 --strategy self-supervised --steps 100000 --out long".split()
+    command, curve = [sys.executable, "-m", "spade", *words], folder / "long-training" / "curve.csv"
+    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not (curve.is_file() and len(curve.read_text(encoding="utf-8").splitlines()) > 2):
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            message = process.stderr.read()
+        finally:
+            process.send_signal(signal.SIGKILL) if process.poll() is None and sys.exc_info()[0] else None
+    assert process.returncode == 130 and "Traceback" not in message, message
+
+
+def test_the_workflow_is_called_and_a_failed_job_is_exit_code_1(folder, monkeypatch):
+    calls, code = [], 3
+    finished = lambda command, **settings: calls.append(command) or subprocess.CompletedProcess(command, code)
+    monkeypatch.setattr(subprocess, "run", finished)
+    monkeypatch.chdir(ROOT)
+    done = call("demo", "--network", "deq", "--cores", "2", "--json")
+    assert done.exit_code == 1 and done.stdout == "" and "a job of demo_deq failed" in done.stderr
+    (command,) = calls
+    assert command[1:3] == ["-m", "snakemake"] and "demo_deq" in command
+    assert command[command.index("--cores") + 1] == "2"
+    assert Path(command[command.index("--configfile") + 1]) == ROOT / "config" / "demo.yaml"
+    monkeypatch.chdir(folder)
+    outside = call("demo", "--network", "deq")
+    assert outside.exit_code == 2 and "needs a checkout of the project" in outside.stderr
+
+
+def test_plan_and_index_print_one_object(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    facts = json.loads(call("plan", "--config", "smoke", "--out", tmp_path, "--json").stdout)
+    assert facts["config"] == "smoke" and f"{len(facts['runs'])} runs to do" in facts["estimate"]
+    copy = shutil.copytree(ROOT / "outputs" / "demo", tmp_path / "demo")
+    (copy / "index.md").unlink()
+    assert json.loads(call("index", copy, "--json").stdout) == {"file": str(copy / "index.md")}
+    assert "Table 1" in (copy / "index.md").read_text(encoding="utf-8")
+
+
+def test_help_has_an_example_and_does_not_load_torch():
+    for verb in command_line.main.commands:
+        text = call(verb, "--help").stdout
         assert f"Example: spade {verb}" in " ".join(text.split())
     code = (
         "import sys, click.testing, spade.__main__ as m\n"

@@ -245,7 +245,7 @@ def test_the_prior_of_a_deq_is_searched():
     import spade.examples
 
     torch.manual_seed(0)
-    batch = spade.examples.brain()
+    batch = Batch(*spade.examples.brain(), dict(file=["brain"], subject=["brain"], slice=[0], scale=[1]))
     model = DEQ(features=8, num_blocks=2, max_iterations=3, tolerance=0.1)
     search = SearchNetwork(model, MetaPruning(steps=10, check_every=2, learning_rate=2e-3, target=0.9))
     loop = SearchLoop(search, make_strategy("supervised", loss="l1"), Accelerator(cpu=True), clip=1.0)
@@ -264,14 +264,14 @@ def test_grouped_and_transposed_layers_are_cut_along():
         nn.Conv2d(12, 12, 1), nn.ConvTranspose2d(12, 12, 2, stride=2), nn.PReLU(12), nn.Conv2d(12, 3, 3, padding=1),
     )  # fmt: skip
     batches = [(batch.y, batch.x) for batch in photos()]
-    example = batches[0][0]
+    example, longer = batches[0][0], QUICK | dict(max_steps=300)
     with pytest.warns(UserWarning, match=r"'1' \(grouped\), '5' \(transposed\)"):
-        small = meta_prune(model, batches, priors=[(model, example, [])], target=0.4, **QUICK)
+        small = meta_prune(model, batches, priors=[(model, example, [])], target=0.4, **longer)
     widths = [layer.out_channels for layer in small if hasattr(layer, "out_channels")]
     assert widths[0] == widths[1] == small[2].num_features < 12 and widths[3] == small[6].num_parameters < 12
     assert small.eval()(example).shape == (1, 3, 48, 48)
     with warnings.catch_warnings(action="ignore"):
-        found = meta_prune(model, batches, inputs=example, target=0.4, **QUICK)
+        found = meta_prune(model, batches, inputs=example, target=0.4, **longer)
     assert found.meta_report.history == small.meta_report.history
 
 

@@ -481,11 +481,15 @@ def beyond_line(results: Results, networks: Iterable[str]) -> str:
     """Caption line on what the results of these networks have that the paper's do not."""
     names, config = [name for name in networks if name in results.config.get("networks", ())], results.config
     settings = {name: config["networks"][name] for name in names}
-    # Results without the section `repair` were made before images were projected.
-    zeroed = [
-        name for name in MRI_NETWORKS if settings.get(name, {}).get("arguments", {}).get("project", "repair" in config)
-    ]
-    texts = ["images are zero where the coil maps are"] if set(zeroed) & set(names) else []
+    # Results without the section `repair` were made before images were projected and maps turned.
+    used = {
+        name: {**dict.fromkeys(("project", "align"), "repair" in config), **of["arguments"]}
+        for name, of in settings.items()
+    }
+    texts = (
+        ["images are zero where the coil maps are"] if any(used[n]["project"] for n in names if n != "usrnet") else []
+    )
+    texts += ["VarNet's maps have the phase of the ACS lines' image"] if used.get("varnet", {}).get("align") else []
     weights = {name: (of.get("self_supervised") or {}).get("weight", 1) for name, of in settings.items()}
     texts += [
         f"eq. 9 of {LABEL[name]}: equivariant term × {weight:g}" for name, weight in weights.items() if weight != 1

@@ -19,7 +19,7 @@ import torch
 
 from .basics import content_key
 from .data.fastmri import header_numbers, measured_columns, read_slice, read_volume_header
-from .data.phantom import ismrmrd_header, open_hdf5
+from .data.phantom import header_digest, ismrmrd_header, open_hdf5
 from .files import atomic_write
 from .operators import crop_readout, root_sum_of_squares
 
@@ -206,13 +206,14 @@ def write_scan(path: str | Path, scan: RawScan) -> Path:
     """Write fastMRI's HDF5 file: with `mask` if undersampled, with `reconstruction_rss` otherwise."""
 
     def write(part: Path) -> None:
-        with h5py.File(part, "w") as file:
+        with h5py.File(part, "w", libver="latest") as file:  # whose metadata have checksums
             file.create_dataset("kspace", data=scan.kspace, chunks=(1, *scan.kspace.shape[1:]), fletcher32=True)
             file["ismrmrd_header"] = np.bytes_(scan.header.encode())
             file.attrs.update(acquisition=np.bytes_(scan.acquisition.encode()))
             file.attrs.update(patient_id=np.bytes_(scan.subject.encode()))
+            file.attrs["spade_digest"] = np.bytes_(header_digest(file).encode())
             if scan.mask is not None:
-                file["mask"] = scan.mask
+                file.create_dataset("mask", data=scan.mask, fletcher32=True)
                 return
             height = min(header_numbers(scan.header).get("height", scan.kspace.shape[2]), scan.kspace.shape[2])
             cropped = (crop_readout(torch.from_numpy(one), height) for one in scan.kspace)

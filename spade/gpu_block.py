@@ -20,7 +20,7 @@ from torch import nn
 from . import checkpoint
 from .basics import choose, evaluating, loader, move
 from .config import Config, load_config
-from .files import atomic_write, read_json, write_json
+from .files import atomic_write
 from .finetuning import finetune
 from .latency import device_name, measure_latency, paper_inputs, photo_inputs
 from .metrics import evaluate
@@ -33,10 +33,12 @@ from spade.runs import (
     displayable,
     loop_settings,
     provenance,
+    read_record,
     strategy_settings,
     training_of,
     training_set,
     use_device,
+    write_record,
 )
 
 # %% ../nbs/beyond/46_gpu_block.ipynb #c004
@@ -74,7 +76,7 @@ class GpuBlock:
         self.device, self.state = use_device(config), out / "state" / network
         self.path, self.images = out / f"{network}.json", dict[str, Any]()
         facts = provenance(network=network, size=config.name, card=device_name(self.device))
-        self.record: dict[str, Any] = read_json(self.path) if self.path.is_file() else {**facts, "steps": {}}
+        self.record: dict[str, Any] = read_record(self.path) if self.path.is_file() else {**facts, "steps": {}}
         self.splits = datasets(config, self.run, progress=False)
         self.test = [move(batch, self.device) for batch in loader(self.splits["test"])][:12]
 
@@ -89,7 +91,7 @@ class GpuBlock:
         self.record["steps"][step] = {**scores.round(4).to_dict(), **facts}
         checkpoint.save(copy.deepcopy(network).cpu(), self.state / step)
         self.draw(step, network)
-        write_json(self.path, self.record)
+        write_record(self.path, self.record)
 
     def load(self, step: str) -> nn.Module:
         """The network of a finished step, on the device."""
@@ -128,7 +130,7 @@ class GpuBlock:
         if steps is None:
             steps = steps_within(seconds, 10**5, lambda number: train_steps(copy.deepcopy(network), number))
             self.record["planned"][step] = steps
-            write_json(self.path, self.record)
+            write_record(self.path, self.record)
         train_steps(network, steps, self.state / f"{step}-training")
         self.finish(step, network, began, training_steps=steps)
 
@@ -152,7 +154,7 @@ def run_block(block: GpuBlock) -> bool:
         models: dict[str, Callable] = {step: block.load(step) for step in ("teacher", "pruned")}
         table = measure_latency(models, y, A, repeats=7, warmup=2)
         block.record["steps"]["latency"] = table.reset_index().to_dict("records")
-        write_json(block.path, block.record)
+        write_record(block.path, block.record)
     return {"teacher", "pruned", "repaired", *SHARES, "latency"} <= set(block.record["steps"])
 
 # %% ../nbs/beyond/46_gpu_block.ipynb #c010

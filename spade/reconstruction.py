@@ -24,7 +24,7 @@ def write_volume(path: Path, images: np.ndarray, png: bool = False) -> Path:
     """Write magnitudes `(slices, H, W)` as the dataset `reconstruction`, and on request one PNG per slice."""
 
     def write(part: Path) -> None:
-        with h5py.File(part, "w") as file:
+        with h5py.File(part, "w", libver="latest") as file:  # whose metadata have checksums
             file.create_dataset("reconstruction", data=images, fletcher32=True)
 
     atomic_write(path, write)

@@ -38,13 +38,16 @@ from safetensors.torch import load_file
 
 from spade import checkpoint
 from spade.basics import Batch, content_key, seed_of
+from spade.convert import RawScan, write_scan
 from spade.data.fastmri import MultiCoilSlices, load_maps
-from spade.data.phantom import simulate
+from spade.data.phantom import open_hdf5, simulate
 from spade.examples import brain
 from spade.finetuning import read_state, train
 from spade.losses import make_strategy
 from spade.models import VarNet
+from spade.operators import equispaced_mask
 from spade.pruning import prune
+from spade.reconstruction import write_volume
 from spade.runs import Run, data_checksum, read_record, write_csv
 from spade.tables import collect, read_results
 
@@ -87,12 +90,25 @@ def cached_maps(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     return maps
 
 
+def read_volume(path: Path) -> np.ndarray:
+    """A reconstruction, as its users read it."""
+    with open_hdf5(path) as file:
+        return file["reconstruction"][()]
+
+
 def made_files(folder: Path) -> Iterator[Kind]:
     """Acquisition, coil maps, network and training state, made by the package."""
     (acquisition,) = simulate(folder / "data", 1, 2, shape=(64, 128), num_coils=4, progress=False)
     items = lambda **more: list(MultiCoilSlices([acquisition], **more))
     expected = items(maps_folder=folder / "maps")
     yield Kind("acquisition", acquisition, lambda: items(maps_folder=False))
+    with open_hdf5(acquisition) as file:
+        kspace, images, header = (file[name][()] for name in ("kspace", "reconstruction_rss", "ismrmrd_header"))
+    lines = equispaced_mask(128, 4, 0.2).numpy()
+    converted = write_scan(folder / "converted.h5", RawScan(kspace * lines, lines, header.decode(), "AXT2", "a"))
+    yield Kind("converted", converted, lambda: list(MultiCoilSlices([converted], maps_folder=False)))
+    volume = write_volume(folder / "volume.h5", images)
+    yield Kind("reconstruction", volume, lambda: read_volume(volume))
     maps = min((folder / "maps").iterdir())
     yield Kind("coil maps", maps, lambda: cached_maps(maps, expected[0]["maps"].shape))
     teacher = VarNet(num_cascades=1, channels=4, num_pools=1).eval()

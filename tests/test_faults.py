@@ -9,9 +9,10 @@ from faults import Kind, all_kinds, damage, table, timed_outcome
 
 FAULTS = int(os.environ.get("SPADE_FAULTS", 6))  # of each sort
 SEED = int(os.environ.get("SPADE_FAULTS_SEED", 0))
-NAMES = ("acquisition", "coil maps", "network", "training state", "result.json", "metrics.csv", "curve.csv")
-NAMES += ("images.npz", "varnet.csv", "varnet.json", "checksum", "tidy runs.jsonl", "tidy metrics.csv.gz")
-NAMES += ("tidy curves.csv.gz", "tidy latency.csv", "tidy evolution.csv.gz", "tidy pictures.h5", "tidy checksums.json")
+NAMES = ("acquisition", "converted", "reconstruction", "coil maps", "network", "training state", "result.json")
+NAMES += ("metrics.csv", "curve.csv", "images.npz", "varnet.csv", "varnet.json", "checksum", "tidy runs.jsonl")
+NAMES += ("tidy metrics.csv.gz", "tidy curves.csv.gz", "tidy latency.csv", "tidy evolution.csv.gz", "tidy pictures.h5")
+NAMES += ("tidy checksums.json",)
 
 
 @pytest.fixture(scope="module")

@@ -210,6 +210,11 @@ class MultiCoilMRI(LinearOperator):
         """The same maps with another mask, e.g. to undersample further."""
         return MultiCoilMRI(mask, self.maps)
 
+    def slice(self, index: int) -> "MultiCoilMRI":
+        """The operator of one image of a batch."""
+        one = lambda tensor: tensor[index : index + 1] if len(tensor) > 1 else tensor
+        return MultiCoilMRI(one(self.mask), one(self.maps))
+
     def transformed(self, phi: Callable[[Tensor], Tensor], batch: int = 1) -> "MultiCoilMRI":
         """The operator with maps moved by `phi`, a single set for each of `batch` images, and normalised."""
         maps = self.maps if len(self.maps) > 1 else self.maps.expand(batch, -1, -1, -1)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['complex_to_channels', 'channels_to_complex', 'ResidualBlock', 'EDSR', 'relative_step', 'Trace', 'DivergenceError',
-           'anderson_mix', 'fixed_point', 'attach_gradient', 'spectral_radius', 'contraction_rate', 'target_term',
-           'start_as_damping', 'DEQ']
+           'anderson_mix', 'Best', 'fixed_point', 'attach_gradient', 'spectral_radius', 'contraction_rate',
+           'target_term', 'start_as_damping', 'DEQ']
 
 # %% ../../nbs/models/04_deq.ipynb #c003
 import math
@@ -130,6 +130,24 @@ def anderson_mix(xs: list[Tensor], gs: list[Tensor], damping: float = 1e-10) -> 
     return mixed
 
 # %% ../../nbs/models/04_deq.ipynb #c031
+class Best:
+    """For each image of a search, the application of the step with the least residual so far."""
+
+    def __init__(self, start: Tensor):
+        self.answer, self.last = start, start.new_full((len(start),), math.inf).real
+        self.least = self.last
+
+    def update(self, x: Tensor, answer: Tensor) -> None:
+        """Take in the iterate `x` and T(x), `answer`, (B, ...) each."""
+        self.last = norms(answer - x)
+        better = (self.last < self.least).reshape(-1, *[1] * (x.ndim - 1))
+        self.answer, self.least = torch.where(better, answer, self.answer), torch.minimum(self.last, self.least)
+
+    def refused(self, factor: float) -> Tensor:
+        """Whether the last residual was more than `factor` times the least, (B, 1, ...)."""
+        return (self.last > factor * self.least).reshape(-1, *[1] * (self.answer.ndim - 1))
+
+# %% ../../nbs/models/04_deq.ipynb #c034
 def fixed_point(
     step: Callable[[Tensor], Tensor],  # T, acts on (B, ...)
     start: Tensor,  # (B, ...), x⁰
@@ -140,13 +158,14 @@ def fixed_point(
     keep_images: bool = False,  # store the iterates in the trace
     advice: str = "solver='anderson', a smaller alpha, gamma, learning rate or train_iterations",  # for the error
     largest_growth: float = 100.0,  # of an iterate's norm over the larger of the first two
+    safeguard: float = math.inf,  # refuse mixed iterates whose residual is so many times the least one
 ) -> tuple[Tensor, Tensor, Trace]:  # the last iterate x, T(x), the record
     """Solve x = T(x) for each image; raises `DivergenceError`, or `ValueError` if `start` is not finite."""
     if min(memory, max_iterations) < 1:
         raise ValueError(f"max_iterations and memory must be at least 1, got {max_iterations} and {memory}.")
     if not start.isfinite().all():
         raise ValueError("start must be finite, got an image that is not finite: check y and A for NaN and infinity.")
-    x, answer, active, trace = start, start, None, Trace(tolerance=tolerance)
+    x, answer, active, trace, best = start, start, None, Trace(tolerance=tolerance), Best(start)
     xs: list[Tensor] = []
     gs: list[Tensor] = []
     for iteration in range(1, max_iterations + 1):
@@ -166,12 +185,16 @@ def fixed_point(
         if trace.converged or iteration == max_iterations:
             break
         xs, gs = [*xs, x][-memory:], [*gs, answer][-memory:]
-        x = torch.where(active, anderson_mix(xs, gs), x)
+        proposal = anderson_mix(xs, gs)
+        if safeguard < math.inf:
+            best.update(x, answer)
+            proposal = torch.where(best.refused(safeguard), best.answer, proposal)
+        x = torch.where(active, proposal, x)
     if must_progress and iteration >= 10 and bool((norms(answer - x) > first_step).any()):
         raise DivergenceError.at(iteration, step_length, growth, advice)
     return x, answer, trace
 
-# %% ../../nbs/models/04_deq.ipynb #c037
+# %% ../../nbs/models/04_deq.ipynb #c040
 def attach_gradient(
     step: Callable[[Tensor], Tensor], x: Tensor, gradient: str = "implicit", unrolled: int = 4, **search: Any
 ) -> Tensor:
@@ -196,7 +219,7 @@ def attach_gradient(
     result.register_hook(solve)
     return result
 
-# %% ../../nbs/models/04_deq.ipynb #c043
+# %% ../../nbs/models/04_deq.ipynb #c046
 @torch.enable_grad()
 def spectral_radius(step: Callable[[Tensor], Tensor], x: Tensor, products: int = 40, seed: int = 0) -> float:
     """Spectral radius of the Jacobian of `step` at the image `x`, (1, ...), by power iteration."""
@@ -207,7 +230,7 @@ def spectral_radius(step: Callable[[Tensor], Tensor], x: Tensor, products: int =
         growths.append(norms(v).clamp_min(1e-30).log())
     return torch.stack(growths[products // 2 :]).mean().exp().item()
 
-# %% ../../nbs/models/04_deq.ipynb #c046
+# %% ../../nbs/models/04_deq.ipynb #c049
 def contraction_rate(step: Callable[[Tensor], Tensor], x: Tensor, step_x: Tensor, length: float = 0.02) -> Tensor:
     """ρ̂ of each image, (B,): the factor by which T stretches the residual from `x` to `step_x`, T(x)."""
     found = step_x.detach()
@@ -216,7 +239,7 @@ def contraction_rate(step: Callable[[Tensor], Tensor], x: Tensor, step_x: Tensor
         v = scaled(step(x + scaled(found - x)) - found)
     return norms(step(x + v) - step_x) / norms(v).clamp_min(1e-20)
 
-# %% ../../nbs/models/04_deq.ipynb #c049
+# %% ../../nbs/models/04_deq.ipynb #c052
 def target_term(
     step: Callable[[Tensor], Tensor], step_x: Tensor, target: Tensor, loss: Callable, generator: torch.Generator | None
 ) -> Tensor:
@@ -224,7 +247,7 @@ def target_term(
     s = 1.5 * torch.rand(len(target), *[1] * (target.ndim - 1), generator=generator).to(target.device)
     return loss(step(target + s * (step_x.detach() - target)), target)
 
-# %% ../../nbs/models/04_deq.ipynb #c052
+# %% ../../nbs/models/04_deq.ipynb #c055
 @torch.no_grad()
 def start_as_damping(edsr: EDSR, gain: float = 0.8, rest: float = 0.1) -> None:
     """Initialise an EDSR for one complex image as `gain` times the identity, `rest` times random weights."""
@@ -236,7 +259,7 @@ def start_as_damping(edsr: EDSR, gain: float = 0.8, rest: float = 0.1) -> None:
     edsr.tail.weight[:, :, 1, 1] += back
     edsr.tail.bias -= back @ edsr.head.bias
 
-# %% ../../nbs/models/04_deq.ipynb #c055
+# %% ../../nbs/models/04_deq.ipynb #c058
 class DEQ(nn.Module):
     """Deep equilibrium model for MRI, one EDSR prior in all iterations; 999,428 parameters by default."""
 
@@ -245,7 +268,7 @@ class DEQ(nn.Module):
         features: int = 64,  # width of the prior
         num_blocks: int = 13,  # residual blocks of the prior
         residual_scale: float = 1.0,  # factor on each residual branch of the prior
-        solver: str = "anderson",  # "anderson" | "plain" (eq. 3)
+        solver: str = "anderson",  # "anderson" | "safeguarded" | "plain" (eq. 3)
         max_iterations: int = 100,  # applications of T at most (paper, Section 4.1)
         tolerance: float = 1e-4,  # relative step at which the search ends (paper, Section 4.1)
         memory: int = 5,  # iterates that Anderson mixes
@@ -263,7 +286,7 @@ class DEQ(nn.Module):
     ):
         super().__init__()
         self.settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.solver = choose("solver", solver, ("anderson", "plain"))
+        self.solver = choose("solver", solver, ("anderson", "safeguarded", "plain"))
         self.gradient = choose("gradient", gradient, ("implicit", "jacobian-free", "phantom"))
         if not (0 < alpha < 1 and 0 < gamma < 2):
             raise ValueError(f"alpha and gamma must lie in (0, 1) and in (0, 2), got {alpha} and {gamma}.")
@@ -311,15 +334,19 @@ class DEQ(nn.Module):
         return image * support
 
     @torch.no_grad()
-    def search(self, y: Tensor, A: LinearOperator, keep_images: bool = False) -> tuple[Tensor, Tensor, Trace]:
-        """Last iterate x, T(x) and record of the search from the zero-filled image, without gradients."""
+    def search(
+        self, y: Tensor, A: LinearOperator, keep_images: bool = False, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Trace]:
+        """Last iterate x, T(x) and record of the search from `start` or the zero-filled image, without gradients."""
         check_precision(self, y, A)
-        start = A.adjoint(y)
+        zero_filled = A.adjoint(y)
         check_values(y, A)
+        start = zero_filled if start is None else start.expand_as(zero_filled)
         limit = self.train_iterations if self.training and self.train_iterations is not None else self.max_iterations
-        memory = self.memory if self.solver == "anderson" else 1
+        settings: dict[str, Any] = {"memory": 1 if self.solver == "plain" else self.memory, "keep_images": keep_images}
+        settings |= {"safeguard": 2.0} if self.solver == "safeguarded" else {}
         step, must_progress = lambda x: self.step(x, y, A), not self.training
-        found = fixed_point(step, start, memory, limit, self.tolerance, must_progress, keep_images)
+        found = fixed_point(step, start, settings.pop("memory"), limit, self.tolerance, must_progress, **settings)
         self.last_trace, self.last_iterations = replace(found[2], images=[]), found[2].iterations
         return found
 
@@ -335,9 +362,20 @@ class DEQ(nn.Module):
         search = dict(memory=self.memory, max_iterations=self.backward_iterations, tolerance=self.backward_tolerance)
         return attach_gradient(lambda x: self.step(x, y, A), x, self.gradient, self.unrolled, **search)
 
-    def solve(self, y: Tensor, A: LinearOperator, record: bool = True) -> tuple[Tensor, Trace]:
+    def solve(
+        self, y: Tensor, A: LinearOperator, record: bool = True, start: Tensor | None = None
+    ) -> tuple[Tensor, Trace]:
         """Image (B, 1, H, W) and record of the search, without gradients; with its iterates if `record`."""
-        return self.search(y, A, keep_images=record)[1:]
+        return self.search(y, A, record, start)[1:]
+
+    def solve_slices(self, y: Tensor, A: Any, warm: bool = False) -> tuple[Tensor, list[Trace]]:
+        """The images of a batch one by one: each has its own number of iterations, and with `warm`, for the slices
+        of a volume in order, starts from the reconstruction before it."""
+        found: list[tuple[Tensor, Trace]] = []
+        for index in range(len(y)):
+            start = found[-1][0] if warm and found else None
+            found.append(self.solve(y[index : index + 1], A.slice(index), record=False, start=start))
+        return torch.cat([image for image, _ in found]), [trace for _, trace in found]
 
     def stability(
         self, x_hat: Tensor, y: Tensor, A: LinearOperator, target: Tensor | None, loss: Callable, generator: Any = None

@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..basics import check_finite, for_convolutions
 from .deq import channels_to_complex, complex_to_channels
@@ -186,6 +187,7 @@ class VarNet(nn.Module):
         sizes = dict(num_cascades=num_cascades, channels=channels, num_pools=num_pools)
         self.settings: dict[str, Any] = {**sizes, "align": align}
         self.project, self.align = project, align
+        self.checkpointing = False  # store only k-space between cascades for the gradient
         self.cascades = nn.ModuleList(VarNetBlock(channels, num_pools) for _ in range(num_cascades))
 
     def config(self) -> dict[str, Any]:
@@ -207,7 +209,10 @@ class VarNet(nn.Module):
         A.check("k-space", y, A.maps.shape[1])
         kspace = y = A.mask * y
         for cascade in self.cascades:
-            kspace = cascade(kspace, y, A)
+            if self.checkpointing and torch.is_grad_enabled():
+                kspace = recomputed(cascade, kspace, y, A, use_reentrant=False)
+            else:
+                kspace = cascade(kspace, y, A)
         return kspace
 
     def predict_kspace(self, y: Tensor, A: MultiCoilMRI) -> Tensor:
@@ -230,7 +235,7 @@ class VarNet(nn.Module):
         """The network of a fastMRI checkpoint, a file or its content; `ValueError` for other weights."""
         return load_fastmri(cls, weights)
 
-# %% ../../nbs/models/05_varnet.ipynb #c049
+# %% ../../nbs/models/05_varnet.ipynb #c051
 class SensitivityModel(nn.Module):
     """fastMRI's estimator of coil maps: the coil images of the ACS lines, through a U-Net, normalised."""
 
@@ -249,7 +254,7 @@ class SensitivityModel(nn.Module):
         power = parts.square().sum(dim=-1).sum(dim=1, keepdim=True).clamp_min(1e-30)  # where all coils are zero
         return torch.view_as_complex(parts / power.sqrt().unsqueeze(-1))
 
-# %% ../../nbs/models/05_varnet.ipynb #c052
+# %% ../../nbs/models/05_varnet.ipynb #c054
 class E2EVarNet(VarNet):
     """`VarNet` with coil maps that it estimates; 20,119,610 parameters by default."""
 
@@ -281,7 +286,7 @@ class E2EVarNet(VarNet):
         """The weights of the estimator, which determine the operator and not the image."""
         return self.sens_net.parameters()
 
-# %% ../../nbs/models/05_varnet.ipynb #c058
+# %% ../../nbs/models/05_varnet.ipynb #c060
 def check_weights(weights: object, caller: str) -> None:
     """Raise `TypeError` for anything but a dictionary."""
     if not isinstance(weights, Mapping):
@@ -307,7 +312,7 @@ def read_weights(weights: object, caller: str, digests: Mapping[str, str] = {}) 
     check_weights(weights, caller)
     return weights  # type: ignore[return-value]  # checked
 
-# %% ../../nbs/models/05_varnet.ipynb #c059
+# %% ../../nbs/models/05_varnet.ipynb #c061
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -322,7 +327,7 @@ def load_checked(model: Network, weights: Mapping[str, Tensor], expected: str) -
         check_finite(f"weight {name!r}", value)
     return model
 
-# %% ../../nbs/models/05_varnet.ipynb #c060
+# %% ../../nbs/models/05_varnet.ipynb #c062
 def fastmri_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Arguments of `VarNet` for fastMRI's weights, of `E2EVarNet` if they have an estimator of maps."""
     sizes = {"num_cascades": len({name.split(".")[1] for name in weights if name.startswith("cascades.")})}
@@ -332,7 +337,7 @@ def fastmri_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
             sizes |= {f"{prefix}channels": weights[min(down)].shape[0], f"{prefix}num_pools": len(down)}
     return sizes
 
-# %% ../../nbs/models/05_varnet.ipynb #c061
+# %% ../../nbs/models/05_varnet.ipynb #c063
 def load_fastmri(cls: type[Network], source: Mapping | str | os.PathLike) -> Network:
     """Build the network of a fastMRI checkpoint, plain or Lightning's; raises as `VarNet.from_fastmri`."""
     caller = f"{cls.__name__}.from_fastmri"

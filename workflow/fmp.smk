@@ -1,0 +1,49 @@
+# The second paper: runs, tables and a figure of flexible meta pruning, for configurations with a file in config/fmp/.
+#
+# Targets: fmp_table_2, fmp_table_3, fmp_table_4, fmp_figure_1, fmp, demo_<network of config/fmp/demo.yaml>
+if (ROOT / "config" / "fmp" / f"{CONFIG.name}.yaml").is_file():
+    from spade.fmp_runs import criteria_runs, load_fmp, method_runs
+
+    FMP = load_fmp(CONFIG.name)
+    FMP_RUNS = {run.name: run for run in [*criteria_runs(FMP), *method_runs(FMP)]}
+    FMP_REPORTS = {"fmp_table_2": ("csv", "md"), "fmp_table_3": ("csv", "md"), "fmp_table_4": ("csv", "md"), "fmp_figure_1": ("png",)}
+
+    def fmp_parameters(run):
+        values = {"method": run.method, "target": run.target, "criterion": run.criterion, "metric": run.metric}
+        return as_yaml(values | {"seed": run.seed, "config": CONFIG.name, "out": OUT})
+
+    rule fmp_run:
+        wildcard_constraints:
+            fmp="|".join(FMP_RUNS),
+        input:
+            teacher=lambda w: f"{OUT}/fmp/runs/{FMP_RUNS[w.fmp].teacher.name}/done" if FMP_RUNS[w.fmp].teacher else [],
+        output: touch(f"{OUT}/fmp/runs/{{fmp}}/done")
+        log: notebook=f"{OUT}/fmp/runs/{{fmp}}/run.ipynb"
+        params:
+            launcher=ON_GPU,
+            notebook="meta_prune",
+            parameters=lambda w: fmp_parameters(FMP_RUNS[w.fmp]),
+            key=content_key(FMP.model_dump(mode="json")),
+        threads: CONFIG.threads
+        resources: gpu=GPU
+        shell: CALL
+
+    for FMP_NAME, FMP_KINDS in FMP_REPORTS.items():
+
+        rule:
+            name: FMP_NAME
+            input: [f"{OUT}/fmp/runs/{run}/done" for run in FMP_RUNS] if FMP_NAME != "fmp_table_2" else []
+            output: [f"{OUT}/{FMP_NAME}.{kind}" for kind in FMP_KINDS]
+            log: notebook=f"{OUT}/notebooks/{FMP_NAME}.ipynb"
+            params:
+                launcher=PLAIN,
+                notebook=FMP_NAME,
+                parameters=as_yaml({"config": CONFIG.name, "out": OUT}),
+                key=content_key(FMP.model_dump(mode="json")),
+            shell: CALL
+
+    for FMP_TARGET in ("fmp", f"demo_{FMP.network}"):
+
+        rule:
+            name: FMP_TARGET
+            input: [f"{OUT}/{name}.{kinds[0]}" for name, kinds in FMP_REPORTS.items()]

@@ -16,7 +16,7 @@ EXTRAS |= {name: [name] for name in ("deepinv", "export", "ismrmrd", "docs")}
 EXTRAS["all"] = list(dict.fromkeys(part for parts in EXTRAS.values() for part in parts if part != "docs"))
 EXTRAS["dev"] = [*EXTRAS["all"], "docs", "dev"]
 # Outside of a checkout these are read from spade/assets
-SHIPPED = ["config/*.*", "nbs/experiments/*.ipynb", "workflow/**/*"]
+SHIPPED = ["config/**/*", "nbs/experiments/*.ipynb", "workflow/**/*"]
 
 
 def requirements(*keys: str) -> list[str]:

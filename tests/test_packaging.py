@@ -1,11 +1,14 @@
-"""Pins, metadata, the licence and what a newcomer types."""
+"""Pins, metadata, the licence, the wheel in an empty folder, and what a newcomer types."""
 
 import configparser
+import email
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -53,8 +56,14 @@ def test_nbdev_stays_below_three_and_keeps_papermills_tag(settings):
     assert settings["allowed_cell_metadata_keys"].split() == ["tags"]
 
 
-def test_developers_have_what_slurm_needs(settings):
-    assert set(settings["slurm_requirements"].split()) <= set(settings["dev_requirements"].split())
+def test_extras_name_the_packages_of_the_settings(settings):
+    """A message that names an extra sends nobody to an extra without the package."""
+    from spade.installation import DISTRIBUTION, EXTRAS
+
+    assert settings["dist_name"] == DISTRIBUTION
+    for module, extra in EXTRAS.items():
+        names = [canonical(Requirement(text).name) for text in settings[f"{extra}_requirements"].split()]
+        assert {"skimage": "scikit-image", "PIL": "pillow"}.get(module, module) in names, module
 
 
 def test_conda_gives_the_same_pins(settings, pins):
@@ -127,20 +136,249 @@ def test_import_touches_no_network_and_no_project_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_wheel_carries_the_modules_the_tissue_maps_and_the_notice(tmp_path):
-    """Built from a copy: setuptools leaves build/ in the source, and puts what lies there into later wheels."""
-    shutil.copytree(ROOT / "spade", tmp_path / "source" / "spade", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    done = subprocess.run([*command, str(tmp_path / "source")], capture_output=True, text=True)
-    if "No module named 'setuptools'" in done.stderr or "setuptools.build_meta" in done.stderr:
-        pytest.skip("setuptools is not installed here")
-    assert done.returncode == 0, done.stderr
-    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "spade").rglob("*") if "__pycache__" not in path.parts}
-    packed = {name for name in names if ".dist-info/" not in name}
-    assert packed == {name for name in expected if (ROOT / name).is_file()} and "spade/assets/NOTICE" in packed
+# The wheel
+
+SOURCES = (".ci", "config", "data/README.md", "docs", "nbs", "outputs/README.md", "spade", "tests", "workflow")
+IGNORED = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "api", "experiments_*")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with the sdist, and the wheel that is built from it. The source is a copy: building leaves files."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=IGNORED)
+        else:
+            (source / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copy(ROOT / name, source / name)
+    for path in [path for path in ROOT.iterdir() if path.is_file()]:
+        shutil.copy(path, source)
+    for path in [*ROOT.glob("outputs/*/*.md"), *ROOT.glob("outputs/*/*.png")]:
+        (source / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, source / path.relative_to(ROOT))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> zipfile.ZipFile:
+    (path,) = built.glob("spade_mbdl-*-py3-none-any.whl")
+    return zipfile.ZipFile(path)
+
+
+def files_below(source: Path, *names: str) -> dict[str, bytes]:
+    """The files of these folders of the source, by path."""
+    paths = [path for name in names for path in sorted((source / name).rglob("*")) if path.is_file()]
+    return {
+        path.relative_to(source).as_posix(): path.read_bytes()
+        for path in paths
+        if not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)
+    }
+
+
+def test_the_wheel_carries_modules_configurations_experiments_and_the_workflow(built, wheel):
+    """In step with the source, byte by byte."""
+    packed = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
+    modules = files_below(built / "source", "spade")
+    others = files_below(built / "source", "config", "nbs/experiments", "workflow")
+    others = {f"spade/assets/{name}": text for name, text in others.items() if not name.endswith(".notest")}
+    assert packed == modules | others
+    assert {"spade/py.typed", "spade/assets/config/demo.yaml", "spade/assets/workflow/Snakefile"} <= set(packed)
+
+
+def test_the_sdist_holds_what_its_tests_need(built):
+    (path,) = built.glob("spade_mbdl-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    source = built / "source"
+    needed = set(files_below(source, "config", "workflow", "spade", ".ci"))
+    needed |= {name for name in files_below(source, "nbs", "tests") if name.endswith((".ipynb", ".py"))}
+    endings = (".md", ".txt", ".toml", ".py", ".ini", ".cff")
+    needed |= {path.name for path in source.iterdir() if path.suffix in endings}
+    needed |= {"LICENSE", "Makefile", "Dockerfile", "environment.yml", "outputs/README.md"}
+    assert needed <= names, needed - names
+
+
+def test_the_metadata_of_the_wheel(wheel, settings):
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    facts = email.message_from_string(wheel.read(name).decode())
+    assert facts["Name"] == "spade-mbdl" and facts["License-Expression"] == "Apache-2.0"
+    assert set(facts.get_all("License-File")) == {"LICENSE", "spade/assets/NOTICE"}
+    assert facts["Requires-Python"] == ">=3.11"
+    versions = [f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12", "3.13")]
+    assert {*versions, "Typing :: Typed"} <= set(facts.get_all("Classifier"))
+    assert "3.11 to 3.13" in (ROOT / "README.md").read_text(encoding="utf-8")
+    extras = {"mri", "paper", "batch", "deepinv", "export", "ismrmrd", "docs", "dev", "all"}
+    assert set(facts.get_all("Provides-Extra")) == extras
+    assert not re.findall(r"\]\((?!https?:)[^)]*\)", facts.get_payload()), "a relative link leads nowhere outside"
+
+
+def test_links_of_the_long_description_are_absolute_where_the_repository_has_an_address():
+    import ast
+
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in tree.body if getattr(node, "name", "") == "long_description")
+    scope = {"re": re, "cfg": {"branch": "main"}}
+    exec(compile(ast.Module([function], []), "setup.py", "exec"), scope)
+    text = "See [a](b/c.md), [d](https://e.org) and\n\n![f](g.png)\n\nh"
+    absolute = scope["long_description"](text, "https://x.org/y")
+    assert absolute == (
+        "See [a](https://x.org/y/blob/main/b/c.md), [d](https://e.org) and\n\n![f](https://x.org/y/raw/main/g.png)\n\nh"
+    )
+    assert scope["long_description"](text, "") == "See a, [d](https://e.org) and\n\n\nh"
+
+
+# An environment that holds only what an installation brings
+
+
+def distributions(settings: dict, *parts: str) -> dict[str, importlib.metadata.Distribution]:
+    """The distributions that the core, and these extras, install here, with all that they need."""
+    todo = [Requirement(text) for part in ("", *parts) for text in settings[f"{part}_requirements".strip("_")].split()]
+    found, seen = {}, set()
+    while todo:
+        requirement = todo.pop()
+        if str(requirement) in seen:
+            continue
+        seen.add(str(requirement))
+        distribution = importlib.metadata.distribution(requirement.name)
+        found[canonical(requirement.name)] = distribution
+        for other in map(Requirement, distribution.requires or []):
+            contexts = [{"extra": extra} for extra in ("", *requirement.extras)]
+            if other.marker is None or any(map(other.marker.evaluate, contexts)):
+                todo.append(other)
+    return found
+
+
+def environment(folder: Path, wheel: zipfile.ZipFile, found: dict) -> dict[str, str]:
+    """The variables of a Python, started by `python -S`, that sees the wheel and these distributions only."""
+    wheel.extractall(folder)
+    for distribution in found.values():
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "PYTHONPATH": str(folder), "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run(code: str, folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-S", "-W", "error::UserWarning:spade", "-c", code]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def core(wheel, settings, tmp_path_factory) -> dict[str, str]:
+    return environment(tmp_path_factory.mktemp("core"), wheel, distributions(settings))
+
+
+def test_the_core_installs_at_most_30_packages(settings):
+    found = distributions(settings)
+    assert len(found) <= 30, sorted(found)
+    assert not {"pandas", "h5py", "scipy", "scikit-image", "matplotlib", "ipykernel", "snakemake"} & set(found)
+
+
+def test_the_core_prunes_fine_tunes_saves_and_loads(core, tmp_path):
+    """The README's Python, in an empty folder; what the core cannot do names its extra."""
+    code = "\n".join(blocks("README.md", "python"))
+    code += """
+from spade.models import VarNet
+network = VarNet(num_cascades=2, channels=4, num_pools=2)
+spade.save(spade.prune(network, 0.4), "varnet")
+print(type(spade.load("varnet")).__name__, spade.find_priors(cnn, torch.randn(1, 2, 64, 64)))
+for module in ("data.phantom", "metrics", "runs"):
+    try:
+        __import__(f"spade.{module}")
+    except ModuleNotFoundError as error:
+        print(error)
+assert not {"pandas", "h5py", "scipy", "skimage"} & set(__import__("sys").modules)
+"""
+    done = run(code, tmp_path, core)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "VarNet" in done.stdout
+    assert "spade.data.phantom needs h5py: pip install 'spade-mbdl[mri]'" in done.stdout
+    assert "spade.metrics needs pandas: pip install 'spade-mbdl[mri]'" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"student.safetensors", "varnet.safetensors"}
+    done = run("import runpy; runpy.run_module('spade', run_name='__main__')", tmp_path, core)
+    assert "prune" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_outside_of_a_checkout_configurations_come_from_the_package_or_a_path(wheel, settings, tmp_path):
+    """In a stranger's project with a folder config/ of its own, and a settings.ini of another library."""
+    variables = environment(tmp_path / "site", wheel, distributions(settings, "mri", "paper"))
+    project = tmp_path / "project"
+    (project / "config").mkdir(parents=True)
+    (project / "config" / "theirs.yaml").write_text("a: 1", encoding="utf-8")
+    (project / "settings.ini").write_text("[DEFAULT]\nlib_name = another\n", encoding="utf-8")
+    shutil.copy(ROOT / "config" / "smoke.yaml", project / "mine.yaml")
+    code = """
+from pathlib import Path
+from spade.config import config_names, load_config
+from spade.files import notebook_path, project_file, resolve
+from spade.workflow import paper_reports, report_key
+from spade.runs import provenance
+print(config_names())
+assert load_config("demo").name == "demo" and load_config("mine.yaml").name == "mine"
+assert resolve("outputs/mine") == Path("outputs/mine").resolve()
+assert notebook_path("finetune").is_file() and project_file("workflow", "Snakefile").is_file()
+assert all(report_key(report) for report in paper_reports(load_config("mine.yaml")).values())
+assert provenance()["commit"] == "unknown"
+"""
+    done = run(code, project, variables)
+    names = sorted(path.stem for path in (ROOT / "config").glob("*.yaml"))
+    assert done.stdout == f"{names}\n", done.stderr[-3000:]
+    assert sorted(path.name for path in project.iterdir()) == ["config", "mine.yaml", "settings.ini"]
+
+
+def test_another_distribution_named_spade_is_warned_of_once(core, tmp_path):
+    (tmp_path / "site" / "spade-4.1.2.dist-info").mkdir(parents=True)
+    variables = core | {"PYTHONPATH": os.pathsep.join([core["PYTHONPATH"], str(tmp_path / "site")])}
+    command = [sys.executable, "-S", "-c", "import spade, spade.installation; import spade; print(spade.__version__)"]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("spade-4.1.2.dist-info is another distribution") == 1
+
+
+@pytest.mark.parametrize("choice, expected", [("TORCH=cpu", "+cpu --extra-index-url"), ("TORCH=cuda", "==2.13.0 -e")])
+def test_make_installs_the_chosen_build_of_torch(choice, expected, tmp_path):
+    command = ["make", "-n", "install", choice, f"VENV={tmp_path / 'v'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and expected in done.stdout, done.stderr
+    refused = subprocess.run([*command, "TORCH=gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert "TORCH must be cpu, cuda or a build" in refused.stderr
+
+
+def interpreters(settings: dict) -> list[str]:
+    """The other Pythons of the classifiers that are on this machine."""
+    found, here = {}, f"{sys.version_info.major} {sys.version_info.minor}"
+    for version in settings["python_versions"].split():
+        pyenv = Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")
+        for path in filter(None, [shutil.which(f"python{version}"), *pyenv]):
+            command = [str(path), "-c", "import sys; print(*sys.version_info[:2])"]
+            printed = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            if printed == version.replace(".", " ") != here:
+                found[version] = str(path)
+    return list(found.values())
+
+
+def test_the_modules_compile_and_the_light_part_runs_on_each_python_of_this_machine(settings, tmp_path):
+    """Without any package: the syntax of all modules, and `import spade`."""
+    shutil.copytree(ROOT / "spade", tmp_path / "spade", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    code = """
+import compileall, spade
+assert compileall.compile_dir("spade", quiet=1, force=True) and "prune" in dir(spade)
+try:
+    spade.pruning
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    for python in interpreters(settings):
+        done = subprocess.run([python, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == "No module named 'torch'\n", (python, done.stdout, done.stderr)
+
+
+# The pages
 
 
 def blocks(page: str, language: str) -> list[str]:

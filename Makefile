@@ -12,6 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
+.SILENT:
 .PHONY: demo paper plan test docs lab install check-export check-clean check-types check-notebooks check-tests check-experiments clean
 
 NETWORK ?= varnet
@@ -48,7 +49,7 @@ $(if $(filter-out all demo_% outputs/% /% figure_steps $(addprefix table_,1 2 3 
 
 demo: $(VENV)/.installed
 	$(BIN)/snakemake demo_$(NETWORK) $(OPTIONS)
-	@cat outputs/$(CONFIG)/demo_$(NETWORK)/table_*.md 2>/dev/null || true
+	$(BIN)/python workflow/scripts/progress.py outputs/$(CONFIG)/demo_$(NETWORK)/table_*.csv
 
 # Continues after a failed job. The same command again runs only what is missing or outdated.
 paper: $(VENV)/.installed

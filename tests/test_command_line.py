@@ -120,7 +120,9 @@ def test_a_failed_job_ends_with_exit_code_1_and_one_sentence(folder):
 
 
 def test_ctrl_c_ends_with_exit_code_130(folder):
-    words = "finetune teacher --data scans --acceleration 4 --strategy self-supervised --steps 100000 --out long".split()
+    words = (
+        "finetune teacher --data scans --acceleration 4 --strategy self-supervised --steps 100000 --out long".split()
+    )
     command, curve = [sys.executable, "-m", "spade", *words], folder / "long-training" / "curve.csv"
     with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -2,6 +2,7 @@
 # make paper   install, then all tables and figures of a configuration as one resumable batch (workflow/Snakefile)
 # make plan    list the jobs of the full reproduction and estimate their run time
 # make test    install, then all checks
+# make bench   measure, for MINUTES=30, what is missing in outputs/bench/: pruned against unpruned, ours against other libraries
 # make docs    the website of the notebooks, results and functions, in _site/
 # make lab     JupyterLab on the notebooks
 #
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: demo paper plan test docs lab install check-export check-clean check-types check-notebooks check-tests check-experiments clean
+.PHONY: demo paper plan test bench docs lab install check-export check-clean check-types check-notebooks check-tests check-experiments clean
 
 NETWORK ?= varnet
 CONFIG ?= demo
@@ -21,6 +22,8 @@ TARGETS ?= all
 CORES ?= $(shell nproc)
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 ARGUMENTS ?=
+MINUTES ?= 30
+DEVICE ?= cpu
 TORCH ?= cuda
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 VENV ?= .venv
@@ -58,6 +61,10 @@ paper: $(VENV)/.installed
 plan: $(VENV)/.installed
 	$(BIN)/snakemake $(TARGETS) --dry-run $(OPTIONS)
 	@$(BIN)/python -c 'from spade.workflow import estimate; print(estimate("$(CONFIG)"))'
+
+# Continues where it stopped. Best on a machine that does nothing else.
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m spade.bench --minutes $(MINUTES) --device $(DEVICE)
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . _site

@@ -430,7 +430,7 @@ def write_page(table: pd.DataFrame, stem: Path, facts: dict[str, str]) -> Path:
         "removed",
         "note",
     ]
-    shown = table.reindex(columns=columns).round(4).fillna("")
+    shown = table.reindex(columns=columns).round(4).astype(object).fillna("")
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.to_numpy().tolist()]
     text = f"# Benchmarks on {facts['device']}\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.items())
@@ -465,5 +465,5 @@ def main(arguments: list[str] | None = None) -> None:
     run_bench(chosen.out, device, chosen.minutes, chosen.small, chosen.repeats, chosen.threads)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "get_ipython" not in globals():
     main()

@@ -201,9 +201,11 @@ def fmp_costs(network: Any, settings: FmpSettings) -> dict[str, Any]:
 
 
 def removed(network: Any) -> dict[str, float]:
-    """The shares that a search removed, in percent, by metric; empty for other networks."""
-    report = getattr(network, "meta_report", None)
-    return {name: 100 * value for name, value in zip(report.path().columns, report.history[-1])} if report else {}
+    """The steps of a search and the shares it removed, in percent, by metric; empty for other networks."""
+    if (report := getattr(network, "meta_report", None)) is None:
+        return {}
+    shares = zip(report.path().columns[1:], report.history[-1][1:])
+    return {"search_steps": report.steps} | {name: 100 * share for name, share in shares}
 
 
 def fmp_run_folder(run: FmpRun, out: str | Path) -> Path:
@@ -267,8 +269,8 @@ def fmp_table(runs: pd.DataFrame, rows: list[FmpRun]) -> pd.DataFrame:
     for row, part in [(row, part) for row, part in zip(wanted, found) if len(part)]:
         numbers = part.drop(columns=[*keys, "seed", "steps"]).mean(numeric_only=True)
         spread = {f"± {name}": part[name].std() for name in part if name.startswith("psnr ") and len(part) > 1}
-        search = {"search steps": numbers.pop("step")} if "step" in numbers else {}
-        lines.append(dict(zip(keys, row)) | {"seeds": len(part), **search} | numbers.to_dict() | spread)
+        about = dict(zip(keys, row)) | ({} if row[0] in ("fmp", "channels") else {"criterion": "", "metric": ""})
+        lines.append(about | {"seeds": len(part)} | numbers.to_dict() | spread)
     return pd.DataFrame(lines)
 
 

@@ -1,0 +1,101 @@
+"""The printed numbers of FMP, the settings of its experiments, and their runs."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from spade.fmp import fmp_numbers
+from spade.fmp_runs import (
+    FmpRun,
+    FmpSettings,
+    criteria_runs,
+    fmp_costs,
+    fmp_network,
+    fmp_run_folder,
+    fmp_table,
+    load_fmp,
+    make_fmp_run,
+    method_runs,
+    read_fmp_runs,
+    uniform_width,
+)
+from spade.meta_pruning import CRITERIA
+from spade.pruning import count_macs, count_parameters
+
+TINY = FmpSettings(
+    arguments=dict(features=12, num_blocks=1, tail="direct"),
+    steps=30, search_steps=10, check_every=2, batch_size=2, crop=12, side=48, limit=1, targets=(0.3,), seeds=(0,),
+)  # fmt: skip
+
+
+def test_printed_numbers_with_and_without_misprints():
+    assert fmp_numbers(table=4, method="IMDN", scale=4, dataset="Set5", quantity="psnr")["corrected"].item() == 32.21
+    assert fmp_numbers(table=4, method="LatticeNet", scale=4, dataset="B100")["corrected"].dropna().item() == 27.57
+    unknown = fmp_numbers(table=4, method="FMP", scale=4, dataset="Set5", quantity="psnr").iloc[0]
+    assert unknown["misprint"] and unknown["corrected"] != unknown["corrected"], "not a number: nobody knows it"
+    assert set(fmp_numbers(table=3)["criterion"]) == set(CRITERIA)
+    assert fmp_numbers(table=4, method="FMP", scale=2, dataset="Set5", quantity="psnr")["value"].item() == 38.17
+
+
+@pytest.mark.parametrize("name", ("demo", "smoke", "sr", "gpu", "paper"))
+def test_every_configuration_builds_its_network_and_names_its_runs(name):
+    settings = load_fmp(name)
+    with torch.device("meta"):
+        assert count_parameters(fmp_network(settings)) > 0
+    runs = [*criteria_runs(settings), *method_runs(settings)]
+    assert {run.criterion for run in runs[:8]} == set(CRITERIA) and settings.search_steps < settings.steps
+    assert all(run.teacher is None or run.teacher in runs for run in runs)
+    if name == "demo":
+        assert [uniform_width(settings, target) for target in settings.targets] == [25, 14]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    (
+        (lambda: load_fmp("dmeo"), r"unknown config 'dmeo': choose one of demo, gpu, .*did you mean demo\?"),
+        (lambda: FmpRun("dhp"), "unknown method 'dhp': choose one of unpruned, l1, small, channels, fmp"),
+        (lambda: FmpRun(criterion="all"), "unknown criterion 'all': choose one of channel, weight"),
+        (lambda: FmpRun(metric="macs"), "unknown metric 'macs': choose one of params, flops"),
+    ),
+)
+def test_unknown_names_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_run_is_made_once_and_again_for_other_settings(tmp_path):
+    run = FmpRun("fmp", 0.3)
+    record = make_fmp_run(run, TINY, tmp_path)
+    assert make_fmp_run(run, TINY, tmp_path)["seconds"] == record["seconds"]
+    shorter = TINY.model_copy(update={"steps": 20})
+    assert make_fmp_run(run, shorter, tmp_path)["steps"] == 20
+    assert [path.name for path in fmp_run_folder(run, tmp_path).iterdir() if path.is_dir()] == []
+    json.dumps(record)
+
+
+def test_l1_needs_its_unpruned_network_and_the_table_shows_both(tmp_path):
+    run = FmpRun("l1", 0.3)
+    with pytest.raises(FileNotFoundError, match="needs the network of unpruned-seed0: make that run first"):
+        make_fmp_run(run, TINY, tmp_path)
+    make_fmp_run(run.teacher, TINY, tmp_path)
+    record = make_fmp_run(run, TINY, tmp_path)
+    width = uniform_width(TINY, 0.3)
+    assert record["params"] == record["params_dense"] == count_parameters(fmp_network(TINY, features=width))
+    runs = read_fmp_runs(tmp_path)
+    table = fmp_table(runs, [run.teacher, run, dataclasses.replace(run, method="small")])
+    assert list(table["method"]) == ["unpruned", "l1"] and list(table["seeds"]) == [1, 1]
+    assert table["psnr scikit-image"].notna().all() and (table["psnr_bicubic scikit-image"].nunique() == 1)
+
+
+def test_non_zero_costs_are_counted_by_hand():
+    torch.manual_seed(0)
+    network = fmp_network(TINY.model_copy(update={"arguments": dict(features=8, num_blocks=1, tail="sub-pixel")}))
+    first, last = network.layers[0], network.layers[-1]
+    with torch.no_grad():
+        first.weight[0], last.weight[:, 1] = 0, 0
+    costs = fmp_costs(network, TINY)
+    assert costs["params_dense"] - costs["params"] == 27 + 27
+    assert costs["flops_dense"] == count_macs(network, torch.zeros(1, 3, 64, 64))
+    assert costs["flops_dense"] - costs["flops"] == 27 * 64**2 + 27 * 128**2 and costs["milliseconds"] > 0

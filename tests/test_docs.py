@@ -30,8 +30,10 @@ def site(tmp_path_factory) -> Path:
     """The website as `make docs` builds it, warnings being errors."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-c", "docs", ".", folder]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    shutil.rmtree(ROOT / "docs" / "api", ignore_errors=True)  # written by the build
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    finally:
+        shutil.rmtree(ROOT / "docs" / "api", ignore_errors=True)  # written by the build
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Volume', 'header_numbers', 'measured_columns', 'dataset_of', 'kspace_shape', 'as_complex', 'read_volume_header',
-           'of_contrast', 'find_files', 'read_slice', 'filled_slices', 'filled_columns', 'has_gaps', 'kspace_doubt',
-           'file_mask', 'subject_mask', 'low_resolution', 'measurement_scale', 'load_maps', 'cached_maps',
-           'check_coverage', 'coil_combine', 'cropped', 'stack_slices', 'examined', 'MultiCoilSlices', 'split_subjects']
+           'of_contrast', 'find_files', 'read_slice', 'filled_slices', 'filled_columns', 'has_gaps', 'seam',
+           'kspace_doubt', 'file_mask', 'subject_mask', 'low_resolution', 'measurement_scale', 'load_maps',
+           'cached_maps', 'check_coverage', 'coil_combine', 'cropped', 'stack_slices', 'examined', 'MultiCoilSlices',
+           'split_subjects']
 
 # %% ../../nbs/data/23_fastmri.ipynb #c003
 import hashlib
@@ -17,6 +18,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,9 +179,17 @@ def has_gaps(kspace: Tensor) -> bool:
     return len(filled) > 0 and int(filled[-1] - filled[0]) + 1 > len(filled)
 
 # %% ../../nbs/data/23_fastmri.ipynb #c029
+def seam(image: Tensor, axis: int, place: int) -> float:
+    """Largest relative difference of neighbouring pixels near `place` along an axis of `(coils, H, W)`."""
+    pixels = image.roll(2 - place, axis).narrow(axis, 0, 4)
+    left, right = pixels.narrow(axis, 0, 3), pixels.narrow(axis, 1, 3)
+    others = [other for other in range(image.ndim) if other != axis % image.ndim]
+    return ((right - left).abs().sum(others) / (right.abs() + left.abs()).sum(others)).max().item()
+
+
 def kspace_doubt(kspace: Tensor, reach: float = 0.1) -> str:
     """Description of a fault of k-space `(coils, rows, W)`; "" if its energy lies at the centre."""
-    energy, image = kspace.abs().square().sum(dim=0), root_sum_of_squares(kspace)
+    energy, image = kspace.abs().square().sum(dim=0), ifft2c(kspace)
     peak, axes = divmod(int(energy.argmax()), energy.shape[1]), ("rows", "columns")
     sizes = list(zip(axes, peak, energy.shape, strict=True))
     off = [name for name, index, size in sizes if abs(index - size // 2) > reach * size]
@@ -191,12 +201,11 @@ def kspace_doubt(kspace: Tensor, reach: float = 0.1) -> str:
         share = along[centre - width : centre + width].sum() / along.sum()
         if share < 0.5:
             return f"only {share:.0%} of its energy is near the centre of the {name}: already transformed along them?"
-    for name, along in zip(axes, (image.sum(dim=1), image.sum(dim=0)), strict=True):
-        strip = max(1, round(0.08 * len(along)))
-        middle = along[len(along) // 2 - strip // 2 :][:strip].mean()
-        if min(along[:strip].mean(), along[-strip:].mean()) > 2 * middle:
-            return f"its image is split at the edges of the {name}: k-space is multiplied by (-1)^n along them?"
-    return ""
+    split = [
+        n for n, axis in zip(axes, (-2, -1)) if seam(image, axis, image.shape[axis] // 2) > 2 * seam(image, axis, 0)
+    ]
+    where = f"its image is split at the edges of the {' and '.join(split)}"
+    return f"{where}: k-space is multiplied by (-1)^n along them?" if split else ""
 
 # %% ../../nbs/data/23_fastmri.ipynb #c032
 def file_mask(volume: Volume) -> Tensor:
@@ -414,10 +423,12 @@ class MultiCoilSlices(Dataset):
         view.__dict__.update(self.__dict__, ground_truth=False, kept={})
         return view
 
-    def prepare(self, progress: bool = True) -> "MultiCoilSlices":
-        """Compute all coil maps in advance, with a progress bar."""
-        for i in tqdm(range(len(self)), desc="coil maps", **({} if progress else {"disable": True})):
-            self.measurement(i, read_slice(*self.index[i]))
+    def prepare(self, progress: bool = True, workers: int = 1) -> "MultiCoilSlices":
+        """Compute all coil maps in advance, `workers` at once, with a progress bar."""
+        compute = lambda i: bool(self.measurement(i, read_slice(*self.index[i])))
+        with ThreadPoolExecutor(workers) as pool:
+            computed = pool.map(compute, range(len(self))) if workers > 1 else map(compute, range(len(self)))
+            all(tqdm(computed, total=len(self), desc="coil maps", **({} if progress else {"disable": True})))
         return self
 
 # %% ../../nbs/data/23_fastmri.ipynb #c072

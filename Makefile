@@ -6,7 +6,7 @@
 # make docs    the website of the notebooks, results and functions, in _site/
 # make lab     JupyterLab on the notebooks
 #
-# Choices:  NETWORK=deq|varnet|e2e-varnet|usrnet  CONFIG=demo|gpu|... (config/*.yaml)  TARGETS="table_1 figure_3"  CORES=2  GPUS=0
+# Choices:  NETWORK=deq|varnet|e2e-varnet|usrnet|edsr-sr  CONFIG=demo|gpu|... (config/*.yaml)  TARGETS="table_1 figure_3"  CORES=2  GPUS=0
 #           ARGUMENTS="--config acceleration=8": further options of Snakemake
 #           TORCH=cpu|cuda|cu126|cu130|...: the build of torch that the first `make` installs; without it, or with cuda, the package index's
 
@@ -47,12 +47,12 @@ ifeq ($(wildcard config/$(CONFIG).yaml),)
 $(error CONFIG must be one of $(basename $(notdir $(wildcard config/*.yaml))), got $(CONFIG))
 endif
 $(if $(filter cpu cuda cu1% rocm% xpu,$(TORCH)),,$(error TORCH must be cpu, cuda or a build of PyTorch's index such as cu126, got $(TORCH)))
-$(if $(filter $(NETWORK),varnet deq e2e-varnet usrnet),,$(error NETWORK must be one of varnet deq e2e-varnet usrnet, got $(NETWORK)))
-$(if $(filter-out all demo_% outputs/% /% figure_steps $(addprefix table_,1 2 3 4 5 6) $(addprefix figure_,1 2 3 4 5 6 7 8),$(TARGETS)),$(error TARGETS must be all, table_1 ... table_6, figure_1 ... figure_8, figure_steps or demo_<network>, got $(TARGETS)))
+$(if $(filter $(NETWORK),varnet deq e2e-varnet usrnet edsr-sr),,$(error NETWORK must be one of varnet deq e2e-varnet usrnet edsr-sr, got $(NETWORK)))
+$(if $(filter-out all fmp fmp_table_2 fmp_table_3 fmp_table_4 fmp_figure_1 demo_% outputs/% /% figure_steps $(addprefix table_,1 2 3 4 5 6) $(addprefix figure_,1 2 3 4 5 6 7 8),$(TARGETS)),$(error TARGETS must be all, table_1 ... table_6, figure_1 ... figure_8, figure_steps or demo_<network>, got $(TARGETS)))
 
 demo: $(VENV)/.installed
 	$(BIN)/snakemake demo_$(NETWORK) $(OPTIONS)
-	$(BIN)/python workflow/scripts/progress.py outputs/$(CONFIG)/demo_$(NETWORK)/table_*.csv
+	$(BIN)/python workflow/scripts/progress.py $(if $(filter edsr-sr,$(NETWORK)),outputs/$(CONFIG)/fmp_table_3.csv,outputs/$(CONFIG)/demo_$(NETWORK)/table_*.csv)
 
 # Continues after a failed job. The same command again runs only what is missing or outdated.
 paper: $(VENV)/.installed

@@ -1,5 +1,6 @@
 """The batch of the whole paper: which jobs a target needs, what a change runs again, failures, kills, one job a GPU."""
 
+import base64
 import contextlib
 import gc
 import importlib.util
@@ -527,3 +528,31 @@ def test_the_key_of_a_run_does_not_wait_for_data_or_teacher(tmp_path):
     run, config = Run("varnet", 6, 0.40, "school"), load_config("paper")
     assert run_key(run, config) == run_key(run, config) != run_key(Run("varnet", 8, 0.40, "school"), config)
     assert run_key(run, config, str(tmp_path)) != run_key(run, config), "another folder of acquisitions"
+
+
+def test_the_report_holds_table_1_with_caption_and_category(project):
+    """`snakemake --report`: one file that needs no other."""
+    report, target = paper_reports(load_config("smoke"))["table_1"], ("table_1", *arguments("out"))
+    for run in report.runs:
+        write_run(Path("out"), run, 30.0)
+    for network in report.timed:
+        write_latency(Path("out"), network)
+    times = [f"latency/{network}.csv" for network in report.timed]
+    done = [f"runs/{run.name}/done" for run in report.runs]
+    files = ["data/acquisitions", "data/R6", *done, *times, *report.files, "notebooks/table_1.done"]
+    for number, path in enumerate(Path("out", file) for file in files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".md":
+            path.write_text("| Network | PSNR |\n", encoding="utf-8")
+        path.touch()
+        os.utime(path, (time.time() - 1000 + number,) * 2)
+    assert snakemake(*target, "--touch", "--forceall").endswith("ended with 0")
+    assert snakemake(*target, "--report", "report.html").endswith("ended with 0")
+    page = Path("report.html").read_text(encoding="utf-8")
+    results = json.loads(re.search(r"var results = (\{.*\});", page)[1])
+    categories = json.loads(re.search(r"var categories = (\{.*\});", page)[1])
+    found = results["out/table_1.md"]
+    assert "<p>Table 1 of <em>A Structured Pruning Algorithm" in found["caption"]
+    assert base64.b64decode(found["data_uri"].partition("base64,")[2]).decode() == "| Network | PSNR |\n"
+    assert categories == {"Tables": {"all networks": ["out/table_1.csv", "out/table_1.md"]}}
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']https?:", page)

@@ -1,6 +1,8 @@
 """`find_priors` names the CNNs, their inputs and the layers that must stay, and leaves the model as it is."""
 
 import copy
+from collections import namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -332,3 +334,105 @@ def test_a_cnn_that_is_ignored_as_a_whole_stays_and_the_others_are_cut():
     assert any(name.startswith("sens_net") for name in report.kept)
     with pytest.raises(ValueError, match="in ignored_layers"):
         prune(model, 0.4, inputs=(y, A), ignored_layers=["*"])
+
+
+# Several outputs, of which `output` picks those that count
+
+
+class Several(nn.Module):
+    """Three convolutions: `how` returns the image beside the features before it and the output of another head."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b, self.c, self.head = how, conv(1, 10), conv(10, 10), conv(10, 2), conv(10, 4)
+
+    def forward(self, x):
+        features = self.b(self.a(x).relu()).relu()
+        return self.how(self.c(features), features, self.head(features))
+
+
+Named = namedtuple("Named", "image features head")
+
+
+@dataclass
+class Result:
+    image: torch.Tensor
+    features: torch.Tensor
+    head: torch.Tensor
+
+
+WAYS = {
+    "dictionary": (lambda *t: dict(zip(Named._fields, t)), "image"),
+    "tuple": (lambda *t: t, 0),
+    "from the end": (lambda *t: t[::-1], -1),
+    "named tuple": (Named, "image"),
+    "dataclass": (Result, "image"),
+    "nested": (lambda *t: {"first": t[:1], "rest": t[1:]}, lambda value: value["first"][0]),
+    "number beside it": (lambda *t: {"image": t[0], "level": 0.5, "more": t[1:]}, "image"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("given", ["inputs", "priors"])
+def test_output_picks_what_must_stay(way, given):
+    """The features lose the channels that the rule says; the image is that of zeroed filters, the head keeps four."""
+    how, output = WAYS[way]
+    torch.manual_seed(0)
+    model, x = Several(how), image()
+    asked = {"inputs": x} if given == "inputs" else {"priors": [(model, x, [])]}
+    student = prune(model, 0.4, output=output, **asked)
+    assert [m.out_channels for m in (student.a, student.b, student.c, student.head)] == [6, 6, 2, 4]
+    removed = {group.name: list(group.removed) for group in student.pruning_report.groups}
+    plain = Several(lambda *t: t)
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name in ("a", "b"):
+            for parameter in getattr(plain, name).parameters():
+                parameter[removed[name]] = 0
+        student.how = plain.how
+        expected, found = plain(x), student(x)
+    kept = [k for k in range(10) if k not in removed["b"]]
+    for a, b in zip(found, (expected[0], expected[1][:, kept], expected[2])):
+        torch.testing.assert_close(a, b)
+    assert "output_to_keep" not in vars(student) and "output_to_keep" not in vars(model)
+
+
+def test_without_output_all_of_them_stay():
+    student = prune(Several(Named), 0.4, inputs=image())
+    assert [m.out_channels for m in (student.a, student.b, student.c, student.head)] == [6, 10, 2, 4]
+    assert student.pruning_report.kept["b"] == "in ignored_layers"
+
+
+def test_output_of_a_cnn_inside_an_unrolled_network():
+    y, A, _ = brain()
+    inner = Several(lambda *t: {"image": t[0], "features": t[1]})
+    inner.a = conv(2, 10)
+    real = lambda x: torch.view_as_real(x[:, 0]).movedim(-1, 1)
+    step = lambda net, y, A: (
+        A.adjoint(y) + torch.view_as_complex(net.cnn(real(A.adjoint(y)))["image"].movedim(1, -1).contiguous())[:, None]
+    )
+    model = Net(step, cnn=inner)
+    student = prune(model, 0.4, inputs=(y, A), output="image")
+    assert student.cnn.b.out_channels == 6 and student(y, A).shape == model(y, A).shape
+
+
+@pytest.mark.parametrize(
+    "how, output, message",
+    [
+        (
+            WAYS["dictionary"][0],
+            "picture",
+            "output must be one of 'image', 'features', 'head' in the dict that Several",
+        ),
+        (lambda *t: t, 3, r"output must be one of 0, 1, 2 in the tuple that Several returns, got 3 \(IndexError"),
+        (Result, "picture", "output must be an attribute of the Result that Several returns, got 'picture'"),
+        (lambda *t: t, lambda value: value["image"], "output must be a function of the tuple that Several returns"),
+        (lambda *t: {"image": t[0], "level": 2}, "level", "output must pick a tensor from the dict .*, got int"),
+        (lambda *t: t[0], "image", "output must be left out where each CNN returns one tensor, got 'image'"),
+    ],
+)
+@pytest.mark.parametrize("given", ["inputs", "priors"])
+def test_one_sentence_for_an_output_that_is_not_there(how, output, message, given):
+    model, x = Several(how), image()
+    with pytest.raises(ValueError, match=message):
+        prune(model, 0.4, output=output, **({"inputs": x} if given == "inputs" else {"priors": [(model, x, [])]}))

@@ -314,8 +314,9 @@ def set_weights(model: nn.Module, sizes: Sizes, tensors: Mapping[str, Tensor]) -
 def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Rebuild the network of a checkpoint, pruned widths included, on the CPU and in eval mode.
 
-    `path` is a file, a folder with `model.safetensors`, or `hub:owner/name[@revision]`. For a network outside the registry, `build` makes an unpruned one. Raises FileNotFoundError, ValueError for a
-    damaged file, an unknown network, and another class or architecture, TypeError for another `build`."""
+    `path` is a file, a folder with `model.safetensors`, or `hub:owner/name[@revision]`. For a network outside the
+    registry, `build` makes an unpruned one. Raises FileNotFoundError, ValueError for a damaged file, an unknown
+    network, and another class or architecture, TypeError for another `build`."""
     tensors, description = read_checkpoint(file_path := find_checkpoint(path))
     kind = description.model
     if build is None:

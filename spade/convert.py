@@ -35,7 +35,7 @@ class RawScan(NamedTuple):
 
 # %% ../nbs/beyond/49_convert.ipynb #c006
 def check_encoding(header: str, name: str) -> int:
-    """Encoded samples of a readout. Raises `ValueError` unless the header has one 2-D Cartesian encoding."""
+    """Encoded samples of a readout; `ValueError` unless the header has one 2-D Cartesian encoding."""
     try:
         encodings = ElementTree.fromstring(header).findall("{*}encoding")
         sizes = [int(encodings[0].findtext(f"{{*}}encodedSpace/{{*}}matrixSize/{{*}}{axis}", "0")) for axis in "xyz"]
@@ -85,7 +85,7 @@ def image_lines(heads: np.ndarray, name: str) -> np.ndarray:
 
 # %% ../nbs/beyond/49_convert.ipynb #c010
 def grid(heads: np.ndarray, lines: np.ndarray, header: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """k-space, complex64 `(slices, coils, rows, columns)`, and how often each `(slices, columns)` was measured."""
+    """k-space `(slices, coils, rows, columns)`, and how often each `(slices, columns)` was measured."""
     numbers, rows = header_numbers(header), check_encoding(header, name)
     columns, first = numbers["encoded"], heads[0]
     coils, samples = int(first["active_channels"]), int(first["number_of_samples"])

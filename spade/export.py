@@ -38,7 +38,8 @@ def front_matter(description: Description) -> str:
 def describe(path: str | Path, name: str = "") -> str:
     """The model card of a checkpoint, Markdown: class, arguments, provenance, shapes of the weights.
 
-    `name` is what `spade.load` receives; empty: the stem of the file. Reads the file as `spade.load` does, and raises as it does for a damaged one, but builds no network."""
+    `name` is what `spade.load` receives; empty: the stem of the file. Reads the file as `spade.load` does, and raises
+    as it does for a damaged one, but builds no network."""
     tensors, description = read_checkpoint(path)
     name, kind, facts = name or checkpoint_path(path).stem, description.model, dict(description.provenance)
     call = f'spade.load("{name}"{"" if description.config is not None else f", build={kind}"})'

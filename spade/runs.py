@@ -111,7 +111,7 @@ class Run:
         return resolve(out) / "runs" / self.name
 
 # %% ../nbs/repro/33_runs.ipynb #c009
-def acquisition_files(config: Config, data: str = "", progress: bool = True) -> list[Path]:
+def acquisition_files(config: Config, data: str = "", progress: bool = True, workers: int = 1) -> list[Path]:
     """HDF5 files of the configuration, simulated if it says so; ValueError for a folder with others."""
     if config.data is None:
         raise ValueError(f"config {config.name!r} must have the section data, which the networks of CS-MRI need.")
@@ -124,7 +124,7 @@ def acquisition_files(config: Config, data: str = "", progress: bool = True) -> 
     if others:
         raise ValueError(f"{folder} must hold only what config {config.name!r} simulates, got {others[0]}.")
     scan = (simulation.slices, simulation.shape, simulation.coils, simulation.snr, simulation.seed)
-    return phantom.simulate(folder, sum(config.data.subjects), *scan, images, progress, name=name)
+    return phantom.simulate(folder, sum(config.data.subjects), *scan, images, progress, name=name, workers=workers)
 
 # %% ../nbs/repro/33_runs.ipynb #c011
 def slice_datasets(config: Config, run: Run, data: str = "", progress: bool = True) -> dict[str, Any]:

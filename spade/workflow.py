@@ -17,9 +17,8 @@ from typing import Any
 
 from .basics import choose, content_key
 from .config import PHOTO_NETWORKS, Config, load_config
-from .figures import EVOLVING
 from .files import resolve
-from .paper import TABLE_ACCELERATION
+from .paper import EVOLVING, TABLE_ACCELERATION
 from .runs import Run, code_cells, read_record, shipped_teacher, without_comments
 from .tables import MRI_NETWORKS, read_runs, read_table
 

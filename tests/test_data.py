@@ -140,6 +140,18 @@ def test_crop(files):
 # Maps
 
 
+def test_several_workers_make_the_same_files_and_maps(tmp_path):
+    made = {
+        workers: simulate(tmp_path / str(workers), 3, 2, (64, 48), 3, progress=False, workers=workers)
+        for workers in (1, 3)
+    }
+    for workers, paths in made.items():
+        MultiCoilSlices(paths, acs_fraction=0.25).prepare(progress=False, workers=workers)
+    one, three = (sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("1", "3"))
+    assert len(one) == 9 and [path.name for path in one] == [path.name for path in three]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, three))
+
+
 def test_maps_are_cached_under_what_made_them(files, tmp_path):
     dataset = MultiCoilSlices(files, maps_folder=tmp_path).prepare(progress=False)
     names = {path.name for path in tmp_path.iterdir()}

@@ -58,7 +58,7 @@ def test_agrees_with_sigpy_and_is_five_times_faster(shared, name):
     """mean |<s1, s2>| ≥ 0.995 over every pixel that either method keeps; medians of interleaved runs.
 
     Ours runs on one thread (conftest), as in a DataLoader worker; sigpy may use every core that NumPy's BLAS takes.
-    More rounds follow only if other work on the machine disturbed the first three."""
+    One round is enough where it is ten times faster. More than three follow only if other work disturbed those."""
     kspace, acs = read(shared, name)
     our_seconds, sigpy_seconds = [], []
     for rounds in range(9):
@@ -67,7 +67,7 @@ def test_agrees_with_sigpy_and_is_five_times_faster(shared, name):
         theirs, duration = timed(lambda: sigpy_maps(kspace))
         sigpy_seconds.append(duration)
         ratio = np.median(sigpy_seconds) / np.median(our_seconds)
-        if rounds >= 2 and ratio >= 5:
+        if ratio >= 10 or (rounds >= 2 and ratio >= 5):
             break
     kept_by_us, kept_by_sigpy = ours.abs().sum(dim=1) > 0, theirs.abs().sum(dim=1) > 0
     agreement = (ours.conj() * theirs).sum(dim=1).abs()[kept_by_us | kept_by_sigpy].mean()

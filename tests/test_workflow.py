@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -26,7 +27,7 @@ import pytest
 import torch
 import yaml
 from faults import copy_project, kill_family
-from made_up_results import write_latency, write_run
+from made_up_results import write_latency, write_photo_run, write_run
 from safetensors.torch import load_file
 
 from spade.config import config_names, load_config
@@ -79,6 +80,19 @@ def call(*what: str, python: Path | str = sys.executable, **settings: object) ->
     """`snakemake` in a process of its own."""
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.run([python, "-m", "snakemake", *what], env=ENVIRONMENT, **output, **settings)
+
+
+def started(*what: str) -> subprocess.Popen:
+    """`snakemake` in a process of its own, which a test kills."""
+    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "snakemake", *what], env=ENVIRONMENT, **pipe)
+
+
+def wait_for(batch: subprocess.Popen, happened: Callable[[], object]) -> None:
+    """Return as soon as something has happened, which it must before the batch ends."""
+    while not happened():
+        assert batch.poll() is None, batch.stderr.read()[-3000:]
+        time.sleep(0.01)
 
 
 def small_notebook(name: str, cell: str) -> None:
@@ -186,9 +200,8 @@ def test_a_wrong_configuration_is_refused(project):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
 def test_without_a_gpu_the_gpu_configuration_is_refused_before_anything_is_simulated(project):
     printed = snakemake("table_3", *arguments("out", "gpu"))
-    assert (
-        "torch finds no GPU" in printed and printed.endswith("ended with 1") and not (project / "out" / "data").exists()
-    )
+    why = "torch finds no GPU" if torch.backends.cuda.is_built() else "is a build without CUDA"
+    assert why in printed and printed.endswith("ended with 1") and not (project / "out" / "data").exists()
 
 
 def test_acquisitions_of_the_user_are_not_taken_for_photographs(project):
@@ -278,6 +291,33 @@ def test_damaged_tidy_files_are_written_again(completed):
     assert not (out / "evolution.csv.gz").exists() and plan(*completed) == {}
 
 
+def test_the_last_job_collects_the_results_and_writes_the_index(project):
+    """With made-up runs; `make test` has a batch without this job."""
+    out, smoke = Path("out"), load_config("smoke")
+    for run in paper_runs(smoke).values():
+        if run.super_resolution:
+            write_photo_run(out, run, 30.0)
+        else:
+            write_run(out, run, 30.0)
+    for network in smoke.networks:
+        write_latency(out, network)
+    files = [path for report in paper_reports(smoke).values() for path in report.files]
+    done = [f"notebooks/{name}.done" for name in paper_reports(smoke)]
+    done += [f"runs/{name}/done" for name in paper_runs(smoke)]
+    for path in [out / name for name in (*files, *done, "data/acquisitions", *(f"data/R{R}" for R in (6, 8, 10)))]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    shutil.copy(ROOT / "outputs" / "demo" / "evolution.csv.gz", out)
+    target = ("all", *arguments("out"))
+    assert snakemake(*target, "--touch", "--forceall").endswith("ended with 0")
+    (out / "notebooks" / "index.done").unlink(missing_ok=True)
+    assert plan(*target) == {"index": 1, "all": 1, "total": 2}
+    ended = call(*target)
+    assert ended.returncode == 0 and plan(*target) == {}, ended.stdout[-3000:]
+    assert "# Results" in (out / "index.md").read_text(encoding="utf-8")
+    assert len(read_runs("out")) == len(paper_runs(smoke))
+
+
 def test_a_change_runs_again_what_depends_on_it_and_nothing_else(completed):
     target = completed
     written = Path("config/smoke.yaml").read_text(encoding="utf-8")
@@ -318,24 +358,18 @@ def test_results_of_a_clone_are_shown_but_count_as_not_made(project):
 
 def test_a_failing_job_names_notebook_parameters_and_cell_and_the_others_go_on(project):
     small_notebook("figure_7", "image = open('no such image')")
-    small_notebook("figure_3", "from pathlib import Path\nPath(f'{target}.png').touch()")
+    small_notebook("figure_5", "from pathlib import Path\nPath(f'{target}.png').touch()")
     for name in ("pretrain", "finetune"):
         small_notebook(name, "pass")
     done = call(
-        "figure_6",
-        "figure_4",
-        "--set-threads",
-        "finetune=1",
-        "finetune_longest=1",
-        *arguments("out", results="out"),
-        "--cores",
-        "2",
+        *("figure_6", "figure_5", "--set-threads", "finetune=1", "finetune_longest=1"),
+        *(*arguments("out", results="out"), "--cores", "2"),
     )
     printed = done.stdout
     assert done.returncode == 1 and "run_notebook.py nbs/experiments/figure_7.ipynb" in printed, printed[-3000:]
     assert "config: smoke" in printed and "network: deq" in printed, "its parameters"
     assert 'Exception encountered at "In [3]"' in printed and "image = open('no such image')" in printed
-    assert Path("out/figure_4.png").is_file() and not Path("out/figure_6.png").exists()
+    assert Path("out/figure_5.png").is_file() and not Path("out/figure_6.png").exists()
     assert Path("out/notebooks/figure_6.ipynb").is_file(), "the executed notebook of the failure is kept"
 
 
@@ -354,38 +388,38 @@ def test_a_notebook_cut_by_a_full_disk_ends_only_its_own_job(project):
     assert done.returncode == 0 and Path("out/notebooks/figure_1.done").is_file(), done.stdout[-3000:]
 
 
-def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
-    """SIGKILL of Snakemake, papermill and kernel after some epochs; the next batch resumes."""
+def test_a_batch_killed_twice_ends_with_the_same_metrics_and_a_damaged_run_is_made_again(project):
+    """SIGKILL of Snakemake, papermill and kernel: after some epochs of the teacher; after the student's `result.json`
+    and before its `done`. Then a changed bit in the student's metrics."""
     edit_config("networks.varnet.pretraining", {"steps": 60, "learning_rate": 1e-3, "checkpoint_every": 4})
     runs = [Run("varnet"), Run("varnet", 6, 0.40, "school")]
-    command = lambda out: [
-        f"{out}/runs/{runs[1].name}/done",
-        "--rerun-incomplete",
-        *arguments(out, acquisitions="acquisitions"),
-    ]
-    batch = subprocess.Popen(
-        [sys.executable, "-m", "snakemake", *command("out")],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    folder = project / "out" / "runs" / runs[0].name
-    while not (states := list(folder.glob("state/*/training.safetensors"))):
-        assert batch.poll() is None, batch.stderr.read()[-3000:]
-        time.sleep(0.05)
+    target = lambda out: (f"{out}/runs/{runs[1].name}/done", "--rerun-incomplete")
+    command = lambda out: (*target(out), *arguments(out, acquisitions="acquisitions"))
+    teacher, student = (project / "out" / "runs" / run.name for run in runs)
+
+    batch = started(*command("out"))
+    wait_for(batch, lambda: list(teacher.glob("state/*/training.safetensors")))
     kill_family(batch)
-    (folder / "run.ipynb").write_text('{"cells": [', encoding="utf-8")
-    made = read_state(states[0])[1]["log"]["seconds"]
-    assert 4 <= len(made) < 60 and not (folder / "done").exists() and not (folder / "result.json").exists()
+    (state,) = teacher.glob("state/*/training.safetensors")
+    (teacher / "run.ipynb").write_text('{"cells": [', encoding="utf-8")
+    made = read_state(state)[1]["log"]["seconds"]
+    assert 4 <= len(made) < 60 and not (teacher / "done").exists() and not (teacher / "result.json").exists()
 
     assert snakemake("--unlock", *command("out")).endswith("ended with 0")
-    done = call(*command("out"))
-    assert done.returncode == 0 and not states[0].exists(), done.stdout[-3000:]
-    curve = pd.read_csv(folder / "curve.csv")
-    assert len(curve) == 60 and curve["seconds"][: len(made)].tolist() == pytest.approx(made, rel=1e-4), (
-        "not trained again"
-    )
+    batch = started(*command("out"))
+    wait_for(batch, (student / "result.json").is_file)
+    kill_family(batch)
+    assert (teacher / "done").is_file() and not state.exists() and not (student / "done").exists()
+    curve = pd.read_csv(teacher / "curve.csv")
+    again = "not trained again"
+    assert len(curve) == 60 and curve["seconds"][: len(made)].tolist() == pytest.approx(made, rel=1e-4), again
+
+    written = {path: path.stat().st_mtime_ns for folder in (teacher, student) for path in folder.glob("*.[jns]*")}
+    assert snakemake("--unlock", *command("out")).endswith("ended with 0")
+    assert call(*command("out")).returncode == 0 and (student / "done").is_file()
+    kept = {path for path in written if path.suffix != ".ipynb"}
+    assert len(kept) >= 6 and all(path.stat().st_mtime_ns == written[path] for path in kept), again
+
     assert call(*command("whole")).returncode == 0
     for run in runs:
         metrics = [pd.read_csv(project / out / "runs" / run.name / "metrics.csv") for out in ("out", "whole")]
@@ -394,33 +428,15 @@ def test_a_batch_killed_in_mid_training_ends_with_the_same_metrics(project):
         printed = [output.get("text", "") for cell in cells for output in cell.get("outputs", [])]
         assert printed and not any("\r" in text for text in printed), "no progress bar"
 
-
-def test_a_training_finished_before_the_workflow_noted_it_is_kept_and_a_damaged_one_is_made_again(project):
-    """SIGKILL after `result.json` and before `done`; then a changed bit in the finished student's metrics."""
-    runs = [Run("varnet"), Run("varnet", 6, 0.40, "school")]
-    teacher, student = (project / "out" / "runs" / run.name for run in runs)
-    command = [f"out/runs/{student.name}/done", "--rerun-incomplete", *arguments("out")]
-    batch = subprocess.Popen([sys.executable, "-m", "snakemake", *command], env=ENVIRONMENT, stdout=-3, stderr=-3)
-    while not (student / "result.json").is_file():
-        assert batch.poll() is None
-        time.sleep(0.01)
-    kill_family(batch)
-    assert (teacher / "done").is_file() and not (student / "done").exists()
-    made = {path: path.stat().st_mtime_ns for folder in (teacher, student) for path in folder.glob("*.[jns]*")}
-    assert snakemake("--unlock", *command).endswith("ended with 0")
-    assert call(*command).returncode == 0 and (student / "done").is_file()
-    kept = {path for path in made if path.suffix != ".ipynb"}
-    assert len(kept) >= 6 and all(path.stat().st_mtime_ns == made[path] for path in kept), "nothing was trained again"
-
     metrics, weights = (student / "metrics.csv").read_bytes(), load_file(student / "network.safetensors")
     (student / "metrics.csv").write_bytes(metrics.replace(b"psnr", b"psns", 1))
-    done = call(*command)
+    done = call(*command("out"))
     assert done.returncode == 0 and f"{student / 'metrics.csv'} must be as it was written" in done.stdout
     assert (student / "metrics.csv").read_bytes() == metrics, "made again"
     assert all(
         torch.equal(tensor, weights[name]) for name, tensor in load_file(student / "network.safetensors").items()
     )
-    assert call(*command, "-n").stdout.count("Nothing to be done") == 1
+    assert plan(*command("out")) == {}
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv is Linux's")

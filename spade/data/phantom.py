@@ -20,6 +20,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -583,6 +584,7 @@ def simulate(
     oversampling: int = 2,  # along the readout; fastMRI's files have 2
     name: str | None = None,  # files are called `{name}_0007.h5`; None: "demo" or, with `images`, as that file
     add_phase: bool | None = None,  # with `images`: simulate a phase; None: only where they are magnitudes
+    workers: int = 1,  # subjects that are simulated at once
 ) -> list[Path]:
     """One file per subject, as fastMRI's; complete ones are kept. `ValueError` for invalid settings."""
     scan = Scan(tuple(shape or ()), num_coils, snr, oversampling)
@@ -596,5 +598,7 @@ def simulate(
             found = f"got {num_subjects} and {slices_per_subject}"
             raise ValueError(f"num_subjects and slices_per_subject must be at least 1, {found}.")
         jobs = drawn_acquisitions(count, slices, scan, seed, name)
-    jobs = tqdm(jobs, total=count, desc="simulating subjects", **({} if progress else {"disable": True}))
-    return [write_acquisition(Path(folder).expanduser() / f"{name}_{job.label}.h5", job) for job in jobs]
+    write = lambda job: write_acquisition(Path(folder).expanduser() / f"{name}_{job.label}.h5", job)
+    with ThreadPoolExecutor(workers) as pool:
+        written = pool.map(write, jobs) if workers > 1 else map(write, jobs)
+        return [*tqdm(written, total=count, desc="simulating subjects", **({} if progress else {"disable": True}))]

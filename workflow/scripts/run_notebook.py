@@ -1,11 +1,14 @@
 """Papermill, but its kernel talks through Unix sockets: python run_notebook.py IN.ipynb OUT.ipynb ...
 
 Jupyter picks the TCP ports of a kernel before the kernel binds them, so that of two kernels which start at once one
-may find its port taken and die. A socket has a name of its own. No import of torch.
+may find its port taken and die. A socket has a name of its own. No import of torch, nor of a grammar of Internet
+addresses, which takes a second and is there where JupyterLab is installed.
 """
 
 import sys
 from uuid import uuid4
+
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # jsonschema does without it
 
 from papermill.cli import papermill
 from papermill.engines import NBClientEngine, papermill_engines

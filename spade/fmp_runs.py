@@ -52,6 +52,7 @@ class FmpSettings(FrozenSettings):
     limit: Count | None = None  # pictures of each test set
     crop: Count = 24  # side of the training measurements; DHP: 48
     steps: Count  # of a run, the search included
+    criteria_steps: Count | None = None  # of a run of Table 3; None: `steps`
     search_steps: Count  # about as many take the search
     check_every: Count = 20
     learning_rate: Positive = 2e-3
@@ -61,6 +62,7 @@ class FmpSettings(FrozenSettings):
     slack: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     weight_factor: Positive = 2.0  # shrinkage of weights over that of channels for the criterion "weight"
     seeds: Annotated[tuple[Whole, ...], AfterValidator(distinct)] = (0, 1)
+    one_seed: tuple[Ratio, ...] = ()  # targets at which only the first seed is run
 
 
 def load_fmp(name: str) -> FmpSettings:
@@ -82,6 +84,7 @@ class FmpRun:
     criterion: str = "total"
     metric: str = "flops"
     seed: int = 0
+    steps: int = 0  # 0: those of the settings
 
     def __post_init__(self) -> None:
         choose("method", self.method, METHODS)
@@ -92,24 +95,27 @@ class FmpRun:
     def name(self) -> str:
         """The name of the run's folder."""
         kind = f"-{self.criterion}-{self.metric}" if self.method in ("fmp", "channels") else ""
-        return f"{self.method}{f'-{self.target:.2f}' if self.target else ''}{kind}-seed{self.seed}"
+        steps = f"-steps{self.steps}" * bool(self.steps)
+        return f"{self.method}{f'-{self.target:.2f}' if self.target else ''}{kind}-seed{self.seed}{steps}"
 
     @property
     def teacher(self) -> "FmpRun | None":
         """The run whose network is pruned; None for a run that starts from random weights."""
-        return FmpRun("unpruned", 0.0, seed=self.seed) if self.method == "l1" else None
+        return FmpRun("unpruned", 0.0, seed=self.seed, steps=self.steps) if self.method == "l1" else None
 
 
 def criteria_runs(settings: FmpSettings) -> list[FmpRun]:
     """The runs of Table 3: four criteria in two metrics, one seed."""
     pairs = [(criterion, metric) for metric in ("params", "flops") for criterion in CRITERIA]
-    return [FmpRun("fmp", sum(settings.pair), *pair, settings.seeds[0]) for pair in pairs]
+    steps = settings.criteria_steps or 0
+    return [FmpRun("fmp", sum(settings.pair), *pair, settings.seeds[0], steps) for pair in pairs]
 
 
 def method_runs(settings: FmpSettings) -> list[FmpRun]:
     """FMP and its baselines, for all targets and seeds."""
     runs = [FmpRun("unpruned", 0.0, seed=seed) for seed in settings.seeds]
-    for target, seed in [(target, seed) for target in settings.targets for seed in settings.seeds]:
+    seeds = {target: settings.seeds[: 1 if target in settings.one_seed else None] for target in settings.targets}
+    for target, seed in [(target, seed) for target in settings.targets for seed in seeds[target]]:
         runs += [FmpRun(method, target, seed=seed) for method in ("fmp", "l1", "small")]
         runs += [FmpRun("channels", target, "channel", seed=seed)] if target == settings.targets[0] else []
     return runs
@@ -158,8 +164,9 @@ def fmp_search(run: FmpRun, settings: FmpSettings, data: Any, folder: Path) -> n
     """The network after the search of a run, which continues from its folder."""
     pair = run.method == "fmp" and run.criterion != "total"
     chosen: dict[str, Any] = {"target": (run.target / 2,) * 2 if pair else run.target, "slack": settings.slack}
-    chosen |= {"criterion": run.criterion, "metric": run.metric, "steps": settings.search_steps}
-    chosen |= {"max_steps": settings.steps, "check_every": settings.check_every}
+    chosen |= {"criterion": run.criterion, "metric": run.metric}
+    steps = min(settings.search_steps, settings.steps // 2)
+    chosen |= {"steps": steps, "max_steps": settings.steps, "check_every": settings.check_every}
     chosen |= {"learning_rate": settings.learning_rate, "batch_size": settings.batch_size}
     factor = {"channels": 0.0}.get(run.method, settings.weight_factor if run.criterion == "weight" else 1.0)
     channels = shrinkages(MetaPruning(**chosen))[0]
@@ -218,10 +225,12 @@ def make_fmp_run(run: FmpRun, settings: FmpSettings, out: str | Path) -> dict[st
 
     An interrupted run continues. Raises `FileNotFoundError` if the unpruned network of "l1" is missing."""
     folder, teacher = fmp_run_folder(run, out), None
+    settings = settings.model_copy(update={"steps": run.steps or settings.steps, "criteria_steps": None})
     if run.teacher is not None and not (teacher := fmp_run_folder(run.teacher, out) / "network.safetensors").is_file():
         raise FileNotFoundError(f"{run.name} needs the network of {run.teacher.name}: make that run first.")
     unpruned = teacher.read_bytes() if teacher else b""
-    key = content_key(asdict(run), settings.model_dump(mode="json"), unpruned)
+    of_other_runs = {"pair", "targets", "seeds", "one_seed", "criteria_steps"}
+    key = content_key(asdict(run), settings.model_dump(mode="json", exclude=of_other_runs), unpruned)
     try:
         if (record := read_record(folder / "result.json"))["key"] == key:
             return record
@@ -262,12 +271,13 @@ def read_fmp_runs(out: str | Path) -> pd.DataFrame:
 
 def fmp_table(runs: pd.DataFrame, rows: list[FmpRun]) -> pd.DataFrame:
     """The runs of a table, averaged over seeds: shares removed in percent, sizes, time, quality."""
-    keys = ["method", "criterion", "metric", "target"]
-    wanted = list(dict.fromkeys((run.method, run.criterion, run.metric, run.target) for run in rows))
+    keys = ["method", "criterion", "metric", "target", "steps"]
+    steps = runs["steps"].max() if len(runs) else 0
+    wanted = list(dict.fromkeys((r.method, r.criterion, r.metric, r.target, r.steps or steps) for r in rows))
     found = [runs[(runs[keys] == pd.Series(dict(zip(keys, row)))).all(axis=1)] for row in wanted]
     lines = []
     for row, part in [(row, part) for row, part in zip(wanted, found) if len(part)]:
-        numbers = part.drop(columns=[*keys, "seed", "steps"]).mean(numeric_only=True)
+        numbers = part.drop(columns=[*keys, "seed"]).mean(numeric_only=True)
         spread = {f"± {name}": part[name].std() for name in part if name.startswith("psnr ") and len(part) > 1}
         about = dict(zip(keys, row)) | ({} if row[0] in ("fmp", "channels") else {"criterion": "", "metric": ""})
         lines.append(about | {"seeds": len(part)} | numbers.to_dict() | spread)

@@ -141,20 +141,22 @@ def add_cnn(spaces: Spaces, name: str, cnn: nn.Module, example: tuple | dict, ig
     prefix, apart, parameters = f"{name}." if name else "", why_not_generated(cnn), dict(cnn.named_parameters())
     spaces.only_cut |= {prefix + layer: why for layer, why in apart.items()}
     spaces.uses.update({prefix + weight: count for weight, count in count_uses(cnn, example).items()})
+    layers = [name for name, m in cnn.named_modules() if isinstance(m, PRUNABLE) and name not in apart]
+    generated = [name for name in layers if prefix + f"{name}.weight".lstrip(".") in spaces.uses]
     for members, num_units, reasons in layer_groups(label_channels(cnn, example)):
         own = [m for m in members if m.side in ("out", "both") and isinstance(m.module, PRUNABLE)]
-        closed = reasons or num_units == 1 or any(m.module in ignored or across_channels(m.module) for m in members)
-        if closed or all(m.name in apart for m in own):
+        closed = reasons or num_units == 1 or any(m.module in ignored for m in members if m.side != "in")
+        closed = closed or any(across_channels(m.module) for m in members)
+        if closed or not any(m.name in generated for m in members):
             continue
         first = spaces.new(num_units, len(spaces.names)).start
-        spaces.names.append(prefix + next(m.name for m in own if m.name not in apart))
+        spaces.names.append(prefix + next((m.name for m in own if m.name not in apart), own[0].name))
         spaces.groups.append((name, first, members))
         for parameter, axis, indices, numbers in [entry for m in members for entry in entries_of(m, first)]:
             side = parameters[parameter].shape[axis]
             known = spaces.axes.setdefault(prefix + parameter, {}).setdefault(axis, torch.full((side,), -1))
             known[indices] = numbers
-    generated = [f"{layer}.weight".lstrip(".") for layer, m in cnn.named_modules() if isinstance(m, PRUNABLE)]
-    for parameter in [w for w in generated if prefix + w in spaces.uses and w.removesuffix(".weight") not in apart]:
+    for parameter in [f"{name}.weight".lstrip(".") for name in generated]:
         spaces.generated.append(prefix + parameter)
         ends = spaces.axes.setdefault(prefix + parameter, {})
         for axis in (0, 1):

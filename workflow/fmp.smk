@@ -1,7 +1,7 @@
 # The second paper: runs, tables and a figure of flexible meta pruning, for configurations with a file in config/fmp/.
 #
 # Targets: fmp_table_2, fmp_table_3, fmp_table_4, fmp_figure_1, fmp, demo_<network of config/fmp/demo.yaml>
-if (ROOT / "config" / "fmp" / f"{CONFIG.name}.yaml").is_file():
+if (HERE / "config" / "fmp" / f"{CONFIG.name}.yaml").is_file():
     from spade.fmp_runs import criteria_runs, load_fmp, method_runs
 
     FMP = load_fmp(CONFIG.name)
@@ -10,7 +10,7 @@ if (ROOT / "config" / "fmp" / f"{CONFIG.name}.yaml").is_file():
 
     def fmp_parameters(run):
         values = {"method": run.method, "target": run.target, "criterion": run.criterion, "metric": run.metric}
-        return as_yaml(values | {"seed": run.seed, "config": CONFIG.name, "out": OUT})
+        return as_yaml(values | {"seed": run.seed, "steps": run.steps, "config": CONFIG.name, "out": OUT})
 
     rule fmp_run:
         wildcard_constraints:

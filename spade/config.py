@@ -282,7 +282,8 @@ def config_schema() -> dict[str, Any]:
     schema = in_schema_words(Config.model_json_schema())
     schema["required"].remove("name")  # it is the name of the file
     parts = {"Config": schema, **schema["$defs"]}
-    for kind in (Config, *FrozenSettings.__subclasses__()):
+    kinds: list[type[FrozenSettings]] = [Config, *FrozenSettings.__subclasses__()]
+    for kind in kinds:
         for name, text in setting_comments(kind).items() if kind.__name__ in parts else ():
             parts[kind.__name__]["properties"][name]["description"] = text
     strategies, losses = {"enum": list(STRATEGIES)}, {"enum": [*LOSSES, None]}

@@ -184,11 +184,12 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Description]:
     content = file_path.read_bytes()
     try:
         tensors = dict(sorted(safetensors.torch.load(content).items()))
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        facts = json.loads(header)
     except (SafetensorError, AssertionError, KeyError, RecursionError, ValueError) as error:
         raise ValueError(f"{file_path} must be a whole safetensors file, got another one ({error}).") from None
-    description = read_description(header, file_path)
-    if digest_of(content)[1] != description.sha256:
+    description = read_description(facts, file_path)
+    if MARK not in header or digest_of(content)[1] != description.sha256:
         raise ValueError(f"{file_path} must have the SHA-256 in its header, got another: it was changed or damaged.")
     return tensors, description
 

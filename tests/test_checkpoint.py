@@ -353,6 +353,12 @@ def test_a_forged_file_without_a_change_loads(saved):
     assert isinstance(load(saved), VarNet)
 
 
+def test_a_description_without_a_place_for_the_digest_is_refused(saved):
+    """With blanks after the colons, as json.dumps writes by default, the digest stands nowhere."""
+    forge(saved, lambda values: json.dumps(values))
+    assert "must have the SHA-256 in its header" in refused(saved)
+
+
 def test_every_single_bit_fault_is_noticed(tmp_path):
     path = save(DEQ(features=2, num_blocks=1), tmp_path / "m", note="Z\u00fcrich")
     content = path.read_bytes()

@@ -114,8 +114,8 @@ def criteria_runs(settings: FmpSettings) -> list[FmpRun]:
 def method_runs(settings: FmpSettings) -> list[FmpRun]:
     """FMP and its baselines, for all targets and seeds."""
     runs = [FmpRun("unpruned", 0.0, seed=seed) for seed in settings.seeds]
-    seeds = {target: settings.seeds[: 1 if target in settings.one_seed else None] for target in settings.targets}
-    for target, seed in [(target, seed) for target in settings.targets for seed in seeds[target]]:
+    seeds = {share: settings.seeds[: 1 if share in settings.one_seed else None] for share in settings.targets}
+    for target, seed in [(share, seed) for share in settings.targets for seed in seeds[share]]:
         runs += [FmpRun(method, target, seed=seed) for method in ("fmp", "l1", "small")]
         runs += [FmpRun("channels", target, "channel", seed=seed)] if target == settings.targets[0] else []
     return runs

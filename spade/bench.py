@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'SIDES', 'Case', 'all_cases', 'inputs_of', 'call_on', 'teach
            'fastmri_call', 'peer_sides', 'bart_call', 'espirit_sides', 'tensor_float_32', 'in_context',
            'changed_priors', 'precision_sides', 'training_sides', 'training_step', 'seconds_by', 'image_difference',
            'take_turns', 'counts_of', 'measure_case', 'machine_facts', 'speed_ups', 'run_bench', 'draw_bench',
-           'write_page', 'main']
+           'write_page', 'bench_command']
 
 # %% ../nbs/beyond/54_bench.ipynb #c003
 import argparse
@@ -61,7 +61,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def all_cases(cuda: bool) -> list[Case]:
-    """Every case, the most informative first: 8 coils on a CPU, 16 on a GPU, where a batch of 8 is timed too."""
+    """Every case, the most informative first: 8 coils on a CPU, 16 and batches of 8 on a GPU."""
     coils = {"varnet": 8, "e2e-varnet": 8, "deq": 8, "usrnet": 0}
     coils = {name: 2 * number if cuda else number for name, number in coils.items()}
     pruned = {ratio: [Case("pruned", name, ratio, coils[name]) for name in coils] for ratio in (0.40, 0.05, 0.20, 0.10)}
@@ -103,7 +103,7 @@ def teacher_of(case: Case, small: bool) -> nn.Module:
 
 # %% ../nbs/beyond/54_bench.ipynb #c011
 def with_widths(teacher: nn.Module, ratio: float, multiple: int) -> nn.Module | None:
-    """Widths that are multiples of `multiple`, with the parameters of the paper's rule or less; None if impossible."""
+    """Widths that are multiples, with the parameters of the paper's rule or less; None if impossible."""
     removed = 1 - count_parameters(prune(teacher, ratio, check=False)) / count_parameters(teacher)
     scope = "global" if isinstance(teacher, DEQ) else "local"  # all layers of an EDSR have one width
     try:
@@ -347,7 +347,7 @@ def machine_facts(device: torch.device, threads: int) -> dict[str, str]:
 
 # %% ../nbs/beyond/54_bench.ipynb #c033
 def speed_ups(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with each side's speed-up over the first side of its case, and the MACs and parameters kept."""
+    """The table with each side's speed-up over the first of its case, and the ratio of their MACs."""
     keys = ["kind", "network", "ratio", "coils", "batch"]
     first = table.groupby(keys, sort=False).transform("first")
     ratios = {"speed_up": first["seconds"] / table["seconds"]}
@@ -362,7 +362,7 @@ def speed_ups(table: pd.DataFrame) -> pd.DataFrame:
 def run_bench(
     folder: Path, device: torch.device, minutes: float, small: bool = False, repeats: int = 7, threads: int = 1
 ) -> pd.DataFrame:
-    """Measure the missing cases within `minutes`; the table, figure and page of this machine are in `folder`."""
+    """Measure the missing cases within `minutes`; writes table, figure and page into `folder`."""
     name = "".join(
         c if c.isalnum() else "_" for c in f"{device_name(device)} {'small' if small else ''}".strip().lower()
     )
@@ -442,7 +442,7 @@ def write_page(table: pd.DataFrame, stem: Path, facts: dict[str, str]) -> Path:
     )
 
 # %% ../nbs/beyond/54_bench.ipynb #c038
-def main(arguments: list[str] | None = None) -> None:
+def bench_command(arguments: list[str] | None = None) -> None:
     """The command `python -m spade.bench`."""
     parser = argparse.ArgumentParser(
         description="Measure what is missing in outputs/bench/, the most informative first."
@@ -466,4 +466,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():
-    main()
+    bench_command()

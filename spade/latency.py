@@ -37,8 +37,9 @@ def synchronize(device: torch.device) -> None:
 Clock = Callable[[], float]  # in seconds: `time.perf_counter` or `time.process_time`
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device, clock: Clock | None = None) -> float:
     """Seconds of one call, by default by the monotonic wall clock of the highest resolution."""
+    clock = clock or time.perf_counter
     synchronize(device)
     began = clock()
     call()
@@ -185,7 +186,7 @@ def time_split(
     threads: int | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of one `model(y, A)` in "CNN" (its priors), "FFT" and "rest", after one call to warm up."""
+    """Median seconds of `model(y, A)` in "CNN" (its priors), "FFT" and "rest", after one call."""
     parts: dict[str, list[float]] = {"CNN": [], "FFT": [], "rest": []}
     with num_threads(threads), evaluating(model), torch.inference_mode():
         for _ in range(repeats + 1):
@@ -220,7 +221,8 @@ def growth(
         for _ in range(repeats + 1):
             for size, call in calls.items():
                 seconds[size].append(seconds_of(call, device, clock))
-    frame = quartiles({size: times[1:] for size, times in seconds.items()}).drop(columns="speed_up")  # type: ignore[misc,arg-type]
+    frame = pd.DataFrame({size: times[1:] for size, times in seconds.items()}).quantile([0.5, 0.25, 0.75]).T
+    frame.columns = ["seconds", "lower_quartile", "upper_quartile"]
     frame = frame.rename_axis("size")
     frame.attrs["exponent"] = float(np.polyfit(np.log(list(calls)), np.log(frame["seconds"]), 1)[0])
     return frame

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spade import bench
-from spade.bench import Case, all_cases, main, measure_case, run_bench, take_turns
+from spade.bench import Case, all_cases, bench_command, measure_case, run_bench, take_turns
 
 CPU = torch.device("cpu")
 
@@ -78,5 +78,5 @@ def test_cases_of_a_gpu_come_in_another_order_and_none_is_missing():
 )
 def test_bad_options_are_one_sentence(options, message, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        main([*options, "--out", str(tmp_path / "none")])
+        bench_command([*options, "--out", str(tmp_path / "none")])
     assert message in capsys.readouterr().err and not (tmp_path / "none").exists()

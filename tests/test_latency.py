@@ -8,13 +8,16 @@ from torch import nn
 
 from spade.latency import (
     check_tolerances,
+    growth,
     measure_latency,
     num_threads,
     one_iteration,
     paper_inputs,
+    peak_memory,
     photo_inputs,
     seconds_of,
     synchronize,
+    time_split,
 )
 from spade.models import DEQ, VarNet
 from spade.pruning import prune
@@ -168,3 +171,45 @@ def test_photo_inputs():
     assert torch.equal(y, photo_inputs(batch_size=2)[0]) and not torch.equal(y, photo_inputs(batch_size=2, seed=1)[0])
     with pytest.raises(ValueError, match="image must have sides that are multiples of the scale 3, got 320×480"):
         photo_inputs((320, 480))
+
+
+def test_parts_of_the_time_are_of_the_cnn_the_transforms_and_the_rest():
+    y, A = paper_inputs((32, 32), 3)
+    network = VarNet(num_cascades=1, channels=4, num_pools=1).train()
+
+    def slow(*_):
+        time.sleep(0.05)
+
+    (unet, *_), *_ = network.priors()
+    unet.down_sample_layers[0].register_forward_hook(slow)
+    parts = time_split(network, y, A, repeats=1, threads=1)
+    assert list(parts) == ["CNN", "FFT", "rest"] and parts["CNN"] > 0.05 > parts["FFT"] > 0 and network.training
+    assert time_split(network, y, A, 1, 1, time.process_time)["CNN"] < 0.05  # sleep is no computation
+    hooks = [m for m in unet.modules() if m._forward_pre_hooks]
+    assert not hooks and len(unet._forward_hooks) == 0
+
+
+def test_hooks_are_removed_if_the_network_raises():
+    network = VarNet(num_cascades=1, channels=2, num_pools=1)
+    with pytest.raises(ValueError):
+        time_split(network, torch.zeros(1, 2, 8, 8, dtype=torch.complex64), paper_inputs((16, 16), 2)[1], repeats=1)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in network.modules())
+
+
+def test_peak_memory_counts_what_exists_at_once():
+    big = torch.ones(1000, dtype=torch.float64)
+    one_after_the_other = lambda: [(big + i).sum() for i in range(5)]
+    all_at_once = lambda: [big + i for i in range(5)]
+    one, many = (peak_memory(call, torch.device("cpu")) for call in (one_after_the_other, all_at_once))
+    assert 8000 <= one < 17000 and many == 40000
+
+
+def test_growth_finds_the_power_and_a_process_clock_ignores_waiting():
+    now = [0.0]
+    calls = {n: lambda n=n: now.append(now.pop() + n**3) for n in (1, 2, 4)}
+    frame = growth(calls, torch.device("cpu"), repeats=3, clock=lambda: now[0])
+    assert abs(frame.attrs["exponent"] - 3) < 1e-9 and frame["seconds"].tolist() == [1, 8, 64]
+    waited = measure_latency(
+        {"sleep": lambda y, A: time.sleep(0.05)}, torch.zeros(1), nn.Identity(), 2, 1, clock=time.process_time
+    )
+    assert waited["seconds"].item() < 0.02

@@ -133,19 +133,18 @@ def anderson_mix(xs: list[Tensor], gs: list[Tensor], damping: float = 1e-10) -> 
 class Best:
     """For each image of a search, the application of the step with the least residual so far."""
 
-    def __init__(self, start: Tensor):
-        self.answer, self.last = start, start.new_full((len(start),), math.inf).real
-        self.least = self.last
+    def __init__(self, start: Tensor, factor: float):
+        self.factor, self.answer, self.least = factor, start, start.new_full((len(start),), math.inf).real
 
-    def update(self, x: Tensor, answer: Tensor) -> None:
-        """Take in the iterate `x` and T(x), `answer`, (B, ...) each."""
-        self.last = norms(answer - x)
-        better = (self.last < self.least).reshape(-1, *[1] * (x.ndim - 1))
-        self.answer, self.least = torch.where(better, answer, self.answer), torch.minimum(self.last, self.least)
-
-    def refused(self, factor: float) -> Tensor:
-        """Whether the last residual was more than `factor` times the least, (B, 1, ...)."""
-        return (self.last > factor * self.least).reshape(-1, *[1] * (self.answer.ndim - 1))
+    def instead_of(self, proposal: Tensor, x: Tensor, answer: Tensor) -> Tensor:
+        """The `proposal`, or the best T(x) where that of `x`, `answer`, has `factor` times the least residual."""
+        if self.factor == math.inf:
+            return proposal
+        residual, per_image = norms(answer - x), (-1, *[1] * (x.ndim - 1))
+        better, refused = residual < self.least, residual > self.factor * self.least
+        self.answer = torch.where(better.reshape(per_image), answer, self.answer)
+        self.least = torch.minimum(residual, self.least)
+        return torch.where(refused.reshape(per_image), self.answer, proposal)
 
 # %% ../../nbs/models/04_deq.ipynb #c034
 def fixed_point(
@@ -165,9 +164,8 @@ def fixed_point(
         raise ValueError(f"max_iterations and memory must be at least 1, got {max_iterations} and {memory}.")
     if not start.isfinite().all():
         raise ValueError("start must be finite, got an image that is not finite: check y and A for NaN and infinity.")
-    x, answer, active, trace, best = start, start, None, Trace(tolerance=tolerance), Best(start)
-    xs: list[Tensor] = []
-    gs: list[Tensor] = []
+    x, answer, active, trace, best = start, start, None, Trace(tolerance=tolerance), Best(start, safeguard)
+    xs, gs = list[Tensor](), list[Tensor]()
     for iteration in range(1, max_iterations + 1):
         began = time.perf_counter()
         answer = step(x) if active is None else torch.where(active, step(x), answer)
@@ -185,11 +183,7 @@ def fixed_point(
         if trace.converged or iteration == max_iterations:
             break
         xs, gs = [*xs, x][-memory:], [*gs, answer][-memory:]
-        proposal = anderson_mix(xs, gs)
-        if safeguard < math.inf:
-            best.update(x, answer)
-            proposal = torch.where(best.refused(safeguard), best.answer, proposal)
-        x = torch.where(active, proposal, x)
+        x = torch.where(active, best.instead_of(anderson_mix(xs, gs), x, answer), x)
     if must_progress and iteration >= 10 and bool((norms(answer - x) > first_step).any()):
         raise DivergenceError.at(iteration, step_length, growth, advice)
     return x, answer, trace
@@ -337,7 +331,7 @@ class DEQ(nn.Module):
     def search(
         self, y: Tensor, A: LinearOperator, keep_images: bool = False, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Trace]:
-        """Last iterate x, T(x) and record of the search from `start` or the zero-filled image, without gradients."""
+        """Last iterate x, T(x), record of the search, without gradients; starts zero-filled by default."""
         check_precision(self, y, A)
         zero_filled = A.adjoint(y)
         check_values(y, A)
@@ -369,8 +363,9 @@ class DEQ(nn.Module):
         return self.search(y, A, record, start)[1:]
 
     def solve_slices(self, y: Tensor, A: Any, warm: bool = False) -> tuple[Tensor, list[Trace]]:
-        """The images of a batch one by one: each has its own number of iterations, and with `warm`, for the slices
-        of a volume in order, starts from the reconstruction before it."""
+        """The images of a batch one by one, each with its own number of iterations.
+
+        With `warm`, for the slices of a volume in order, each search starts from the reconstruction before it."""
         found: list[tuple[Tensor, Trace]] = []
         for index in range(len(y)):
             start = found[-1][0] if warm and found else None

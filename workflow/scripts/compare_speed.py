@@ -60,6 +60,20 @@ def judged(network, test: list, precision: str) -> dict[str, float]:
     return {"psnr": mean(values), "seconds": statistics.median(seconds[1:]), "iterations": mean(iterations)}
 
 
+def warm_starts(network, dataset, count: int) -> dict[str, list[int]]:
+    """Iterations for neighbouring slices of the first test subject: each alone, and started from the one before."""
+    infos = [dataset.collate([dataset[i]]) for i in range(min(count, len(dataset)))]
+    batches = [batch for batch in infos if batch.info["subject"] == infos[0].info["subject"]]
+    found: dict[str, list[int]] = {"zero-filled": [], "previous slice": []}
+    before = None
+    with evaluating(network):
+        for batch in batches:
+            found["zero-filled"].append(network.solve(batch.y, batch.A, record=False)[1].iterations)
+            before, trace = network.solve(batch.y, batch.A, record=False, start=before)
+            found["previous slice"].append(trace.iterations)
+    return found
+
+
 def main() -> None:
     """Make every student that has no row yet, and judge it in each precision and by each solver."""
     options = arguments()
@@ -77,6 +91,9 @@ def main() -> None:
     done = {tuple(row[:3]) for row in csv.reader(path.open())}
     facts = dict(network=options.network, steps=options.steps, train_slices=len(train), test_slices=len(test),
                  settings=settings, teacher=source.name, teacher_sha256=file_checksum(source))  # fmt: skip
+    if options.network == "deq":
+        facts["iterations_from"] = warm_starts(teacher, splits["test"], options.test)
+        print(facts["iterations_from"], flush=True)
     write_json(options.out / f"speed_demo_{options.network}.json", facts | provenance(script=Path(__file__).name))
     solvers = ("anderson", "safeguarded", "plain") if options.network == "deq" else ("",)
     for ratio, widths in [(0.0, "unpruned"), *((r, w) for r in options.ratios for w in ("paper", "multiples of 8"))]:

@@ -1050,17 +1050,17 @@ def prune(
     ratios: Mapping[str, float] | None = None,  # other ratios for some layers, such as {"cascades.0": 0.2}
     importance: Importance | str = group_l1,  # beyond the paper: another ranking, or its name in `spade.importance`
     output: Output | None = None,  # of several outputs of a CNN, the one that stays: a name, an index or a function
-    **wishes: Any,  # beyond the paper: round_to, target_macs and others of `spade.targets.Wishes`
+    **request: Any,  # beyond the paper: round_to, target_macs and others of `spade.targets.Request`
 ) -> nn.Module:  # a pruned deep copy with a `pruning_report`
     """SPADE's pruning (Section 3): one shot, uniform over the layer groups, ranked inside each by eq. 6.
 
     A group that cannot be cut keeps its width; `report.kept` says why. Raises `TypeError` for mistyped priors, and
     `ValueError` for bad ratios, a model that cannot be copied, and a CNN of which no layer can be cut."""
     options = dict(ignored_layers=ignored_layers, ratios=ratios, importance=importance, output=output)
-    if wishes:
+    if request:
         import spade
 
-        return spade.targets.prune_to(teacher, wishes, check, ratio=ratio, priors=priors, inputs=inputs, **options)
+        return spade.targets.prune_to(teacher, request, check, ratio=ratio, priors=priors, inputs=inputs, **options)
     return cut_network(draft_network(teacher, ratio, priors, inputs, **options), check)  # type: ignore[arg-type]
 
 # %% ../nbs/beyond/40_any_network.ipynb #c002

@@ -30,6 +30,7 @@ from spade.pruning import (
     FlopCounter,
     Importance,
     LayerGroup,
+    Output,
     Plan,
     Prior,
     PriorDraft,
@@ -381,6 +382,7 @@ def drop_whole(draft: Draft, request: Request) -> None:
         if not prior.plans and len(draft.priors) > 1:
             report.kept |= {prior.prefix + layer: why for layer, why in prior.kept.items()}
             report.macs_after += count_example(prior.label, prior.cnn, prior.example)
+            vars(prior.cnn).pop("output_to_keep", None)
             for call in prior.put_back:
                 call()
             draft.priors.remove(prior)
@@ -490,10 +492,11 @@ def plan(
     ignored_layers: Iterable[nn.Module | str] = (),
     ratios: Mapping[str, float] | None = None,
     importance: Importance | str = group_l1,
+    output: Output | None = None,
     **request: Any,
 ) -> Preview:
     """The widths that `prune` with the same arguments gives; nothing is cut. Raises as `prune`."""
-    options = dict(ignored_layers=ignored_layers, ratios=ratios, importance=importance)
+    options = dict(ignored_layers=ignored_layers, ratios=ratios, importance=importance, output=output)
     read = read_request(ratio, inputs, request)
     return Preview(requested_draft(teacher, read, check, ratio, priors, inputs, **options))  # type: ignore[arg-type]
 
@@ -548,8 +551,8 @@ def prune_in_steps(teacher: nn.Module, request: Request, check: bool, options: M
         if any(wanted[name] < len(left) for name, left in alive.items()):
             stay = [[n for n, m in prior.cnn.named_modules() if m in prior.ignored] for prior in final.priors]
             priors = [(student.get_submodule(p.name), p.example, names) for p, names in zip(final.priors, stay)]
-            exact, rank = Request(widths=wanted), options.get("importance", group_l1)
-            draft = requested_draft(student, exact, check, None, priors, None, rank)
+            again = {name: options[name] for name in ("importance", "output")}
+            draft = requested_draft(student, Request(widths=wanted), check, None, priors, None, **again)
             student = cut_network(draft, check)
             for group in draft.report.groups:
                 alive[group.name] = [c for k, c in enumerate(alive[group.name]) if k not in set(group.removed)]

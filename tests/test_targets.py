@@ -338,3 +338,16 @@ def test_a_function_network_with_a_concatenation():
     )  # fmt: skip
     student = prune(net, 0.40, [(net, image(), [net.tail])], round_to=8)
     assert (student.a.out_channels, student.b.out_channels, student.tail.in_channels) == (16, 16, 32)
+
+
+def test_the_output_that_stays_is_passed_on():
+    torch.manual_seed(0)
+    net = Net(
+        lambda n, x: (n.tail(h := n.head(x)), h), head=nn.Conv2d(2, 24, 1), tail=nn.Conv2d(24, 2, 1)
+    )  # fmt: skip
+    priors = [(net, image(), [net.tail])]
+    with pytest.raises(ValueError):
+        prune(net, 0.40, priors, round_to=8)  # all outputs stay
+    assert prune(net, 0.40, priors, round_to=8, output=0).head.out_channels == 16
+    assert plan(net, priors=priors, target_macs=0.5, output=0).widths["head"] == 12  # half of the operations
+    assert prune(net, 0.40, priors, steps=2, finetune=lambda network: None, output=0).head.out_channels == 14

@@ -36,7 +36,7 @@ from spade.pruning import (
     layer_groups,
     list_priors,
 )
-from .training import Count, FrozenSettings, Loop, Positive, Real, not_bool
+from .training import Count, FrozenSettings, Loop, LossName, Positive, Real, not_bool
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,7 +209,8 @@ class MetaPruning(FrozenSettings):
     indicators: Literal["normal", "ones"] = "normal"  # how Z starts
     batch_size: Count = 8
     clip: Positive | None = 1.0  # largest l2 norm of the gradient
-    loss: str = "l1"
+    loss: LossName = "l1"
+    checkpoint_every: Count | None = None  # steps between two saved states; None: an epoch, at most 200
 
     def targets(self) -> tuple[float, float, float]:
         """$t_C$, $t_W$ and $t$, slack subtracted."""
@@ -299,7 +300,7 @@ class SearchNetwork(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The settings, for the identity of a run."""
-        return {"seed": self.seed} | self.settings.model_dump(mode="json", exclude={"max_steps"})
+        return {"seed": self.seed} | self.settings.model_dump(mode="json", exclude={"max_steps", "checkpoint_every"})
 
 # %% ../nbs/models/18_meta_pruning.ipynb #c040
 def cost(search: SearchNetwork, metric: str) -> tuple[int, int, int]:

@@ -61,9 +61,8 @@ def run_search(search: SearchNetwork, data: Any, folder: str | Path | None, prog
     """Train until the criterion is met; raises `RuntimeError` at `max_steps`."""
     settings, seed = search.settings, search.seed
     most = settings.max_steps or 2 * settings.steps
-    training = Training(
-        steps=most, learning_rate=settings.learning_rate, clip=settings.clip, batch_size=settings.batch_size
-    )
+    names = {"learning_rate", "clip", "batch_size", "checkpoint_every"}
+    training = Training(steps=most, **settings.model_dump(include=names))
     strategy, accelerator = make_strategy("supervised", loss=settings.loss), new_accelerator("no")
     data = as_loader(data, training.batch_size, seed, 0)
     per_epoch = batches_per_epoch(data, accelerator.num_processes)

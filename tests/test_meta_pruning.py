@@ -291,6 +291,7 @@ def test_grouped_and_transposed_layers_are_cut_along():
         ),
         (dict(metric="macs"), ValueError, "unknown metric 'macs': choose one of params, flops"),
         (dict(tagret=0.4), ValueError, r"unknown key 'tagret': .*did you mean target\?"),
+        (dict(loss="l3"), ValueError, "unknown loss 'l3': choose one of"),
         (dict(min_channels=0), ValueError, "min_channels must be greater than or equal to 1, got 0"),
         (
             dict(target=0.95, criterion="channel"),

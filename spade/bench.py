@@ -310,7 +310,6 @@ def take_turns(
 def counts_of(case: Case, call: Any, device: torch.device) -> dict[str, Any]:
     """Parameters, multiply-accumulates of the CNNs and peak memory of one side of a case."""
     counts: dict[str, Any] = {"peak_bytes": peak_memory(call, device)} if case.kind == "training" else {}
-    call = call.args[0].__self__ if case.kind == "peer" and hasattr(call, "args") and call.args else call
     model = getattr(call, "func", None)
     if case.kind == "pruned" and isinstance(model, nn.Module):
         counts |= {"parameters": count_parameters(model), "macs": count_macs(model, *call.args)}

@@ -46,6 +46,17 @@ def test_a_side_that_raises_is_a_note_and_the_others_are_measured():
     assert rows[0]["repeats"] == 3 and rows[0]["difference"] == 0 and not rows[0]["note"]
 
 
+@pytest.mark.parametrize("kind", ["peer", "espirit", "precision", "training"])
+def test_every_kind_of_case_has_times(kind):
+    case = Case(
+        kind, {"espirit": "maps", "precision": "usrnet"}.get(kind, "e2e-varnet"), 0.0, 4 * (kind != "precision")
+    )
+    rows = measure_case(case, CPU, True, 1, time.monotonic() + 300, 1)
+    assert [row["seconds"] > 0 for row in rows if not row["note"]], rows
+    if kind == "training":
+        assert rows[1]["peak_bytes"] < rows[0]["peak_bytes"]
+
+
 def test_a_missing_library_is_noted(monkeypatch):
     def without_fastmri(*_):
         raise ImportError("No module named 'fastmri'")

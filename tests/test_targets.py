@@ -9,6 +9,7 @@ from small_networks import Net
 from torch import nn
 
 import spade.targets
+from spade.examples import brain
 from spade.models import DEQ, USRNet, VarNet
 from spade.models.sr import UpEDSR
 from spade.pruning import count_macs, count_parameters, prune
@@ -351,3 +352,25 @@ def test_the_output_that_stays_is_passed_on():
     assert prune(net, 0.40, priors, round_to=8, output=0).head.out_channels == 16
     assert plan(net, priors=priors, target_macs=0.5, output=0).widths["head"] == 12  # half of the operations
     assert prune(net, 0.40, priors, steps=2, finetune=lambda network: None, output=0).head.out_channels == 14
+
+
+def test_a_speed_up_is_the_ratio_of_medians_without_the_first_call(monkeypatch):
+    slow, fast = chain(8)[0], chain(8)[0]
+    clock = iter([100.0, 1.0, 3.0, 2.0, 4.0, 1.0, 50.0, 2.0])  # taking turns: slow, fast, slow, ...
+    order = []
+
+    def seconds_of(call, device):
+        order.append(call())
+        return next(clock)
+
+    monkeypatch.setattr(spade.targets, "seconds_of", seconds_of)
+    assert spade.targets.speed_up(slow, fast, image(), torch.device("cpu"), repeats=3) == 4.0 / 2.0
+    assert len(order) == 8 and slow.training and fast.training
+
+
+def test_a_fixed_point_network_is_timed_for_one_iteration():
+    calls, network = [], DEQ(features=8, num_blocks=1)
+    network.step = lambda x, y, A: calls.append(1)
+    y, A, _ = brain()
+    spade.targets.call_of(network, (y, A))()
+    assert len(calls) == 1

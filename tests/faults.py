@@ -289,7 +289,7 @@ def batch(project: Path, out: str, *more: str) -> subprocess.Popen:
     settings = ["--config", f"results={out}", "acquisitions=acquisitions"]
     command = ["demo_varnet", "--configfile", "config/smoke.yaml", *settings, "--cores", "1", "--nocolor", *more]
     environment = {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     return subprocess.Popen([sys.executable, "-m", "snakemake", *command], cwd=project, env=environment, **output)
 
 

@@ -62,7 +62,7 @@ def slices(files: list[Path], **settings) -> MultiCoilSlices:
 def tracked() -> list[str]:
     """The files under version control; skipped outside a checkout."""
     try:
-        done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
@@ -343,7 +343,7 @@ for path in sorted(pathlib.Path({str(ROOT / "spade")!r}).rglob("*.py")):
 print(*seen, sep="\\n")
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-B", "-c", script], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-B", "-c", script], cwd=tmp_path, capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
     events = [line.split(" ", 1) for line in done.stdout.splitlines()]

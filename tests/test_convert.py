@@ -235,7 +235,7 @@ def test_the_command(tmp_path, kspace):
         cwd=tmp_path,
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     made = call("a.mrd", "--out", "scans/a.h5", "--acquisition", "AXT2", "--json")
     assert json.loads(made.stdout) == {

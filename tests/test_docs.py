@@ -31,7 +31,7 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-c", "docs", ".", folder]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     finally:
         shutil.rmtree(ROOT / "docs" / "api", ignore_errors=True)  # written by the build
     assert done.returncode == 0, done.stderr[-5000:]

@@ -276,7 +276,9 @@ def test_file_in_use_names_the_lock(acquisition, tmp_path):
     hold = f"import h5py; file = h5py.File({str(path)!r}, 'r+'); print('open', flush=True); input()"
     environment = {k: v for k, v in os.environ.items() if k != "HDF5_USE_FILE_LOCKING"}
     sentence = f"{acquisition.name} is locked by another program: .* HDF5_USE_FILE_LOCKING=FALSE"
-    with subprocess.Popen([sys.executable, "-c", hold], stdin=-1, stdout=-1, text=True, env=environment) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=-1, stdout=-1, encoding="utf-8", env=environment
+    ) as other:
         assert other.stdout.readline() == "open\n"
         with pytest.raises(ValueError, match=sentence):
             read_volume_header(path)

@@ -47,7 +47,7 @@ def test_a_kill_leaves_the_old_result(tmp_path):
     path = write_json(tmp_path / "result.json", {"psnr": 30})
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
-        [sys.executable, "-c", WRITES_FOREVER, str(path)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", WRITES_FOREVER, str(path)], stdout=subprocess.PIPE, encoding="utf-8", env=environment
     ) as process:
         assert process.stdout.readline() == "half-way\n"
         process.kill()

@@ -110,7 +110,7 @@ def test_the_command_line_takes_a_folder(tmp_path):
     save_folder(a_student(), tmp_path / "net", strategy="school")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     call = lambda *words: subprocess.run(
-        [sys.executable, "-m", "spade", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "spade", *words], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
     )
     shown = call("info", "net")
     assert shown.returncode == 0 and "school" in shown.stdout, shown.stderr

@@ -53,7 +53,7 @@ def test_every_picture_is_of_a_run_that_is_shown():
 
 def test_outputs_and_the_tracked_tree_stay_small():
     """8 MB for outputs/ and 25 MB for all tracked files, and nothing that the batch makes again."""
-    listed = subprocess.run("git ls-files -z", shell=True, cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run("git ls-files -z", shell=True, cwd=ROOT, capture_output=True, encoding="utf-8")
     if listed.returncode:
         pytest.skip("not a git checkout")
     paths = [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]

@@ -112,7 +112,7 @@ def test_each_module_is_there_after_import_spade():
         f"[getattr(spade, name) for name in {sorted(names)}]\n"
         "print(spade.prune.__module__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.stdout == "spade.pruning\n", done.stderr
 
 
@@ -130,7 +130,7 @@ def test_import_touches_no_network_and_no_project_file(tmp_path):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -159,7 +159,7 @@ def built(tmp_path_factory) -> Path:
         (source / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, source / path.relative_to(ROOT))
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 
@@ -266,7 +266,7 @@ def environment(folder: Path, wheel: zipfile.ZipFile, found: dict) -> dict[str, 
 
 def run(code: str, folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-S", "-W", "error::UserWarning:spade", "-c", code]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -336,16 +336,16 @@ def test_another_distribution_named_spade_is_warned_of_once(core, tmp_path):
     (tmp_path / "site" / "spade-4.1.2.dist-info").mkdir(parents=True)
     variables = core | {"PYTHONPATH": os.pathsep.join([core["PYTHONPATH"], str(tmp_path / "site")])}
     command = [sys.executable, "-S", "-c", "import spade, spade.installation; import spade; print(spade.__version__)"]
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and done.stderr.count("spade-4.1.2.dist-info is another distribution") == 1
 
 
 @pytest.mark.parametrize("choice, expected", [("TORCH=cpu", "+cpu --extra-index-url"), ("TORCH=cuda", "==2.13.0 -e")])
 def test_make_installs_the_chosen_build_of_torch(choice, expected, tmp_path):
     command = ["make", "-n", "install", choice, f"VENV={tmp_path / 'v'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and expected in done.stdout, done.stderr
-    refused = subprocess.run([*command, "TORCH=gpu"], cwd=ROOT, capture_output=True, text=True)
+    refused = subprocess.run([*command, "TORCH=gpu"], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert "TORCH must be cpu, cuda or a build" in refused.stderr
 
 
@@ -356,7 +356,7 @@ def interpreters(settings: dict) -> list[str]:
         pyenv = Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")
         for path in filter(None, [shutil.which(f"python{version}"), *pyenv]):
             command = [str(path), "-c", "import sys; print(*sys.version_info[:2])"]
-            printed = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            printed = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip()
             if printed == version.replace(".", " ") != here:
                 found[version] = str(path)
     return list(found.values())
@@ -374,7 +374,7 @@ except ModuleNotFoundError as error:
     print(error)
 """
     for python in interpreters(settings):
-        done = subprocess.run([python, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([python, "-S", "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8")
         assert done.stdout == "No module named 'torch'\n", (python, done.stdout, done.stderr)
 
 

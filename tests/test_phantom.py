@@ -269,7 +269,7 @@ def test_tissue_maps_are_found_from_an_empty_folder(tmp_path):
         cwd=tmp_path,
         env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=600,
     )
     assert done.stdout.strip() == "True", done.stderr

@@ -120,7 +120,7 @@ def test_snakemakes_events_arrive(tmp_path, code):
     (tmp_path / "Snakefile").write_text(text, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "rules"],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, capture_output=True, encoding="utf-8",
     )  # fmt: skip
     lines = done.stderr.splitlines()
     assert "small: trainings 1, tables and figures 0, in out." in lines and "start  a" in lines
@@ -134,6 +134,6 @@ def test_snakemakes_events_arrive(tmp_path, code):
 
 def test_make_echoes_no_recipe():
     done = subprocess.run(
-        ["make", "--eval", "shown:; echo 1 + 1", "shown"], cwd=ROOT, capture_output=True, text=True, env=None
+        ["make", "--eval", "shown:; echo 1 + 1", "shown"], cwd=ROOT, capture_output=True, encoding="utf-8", env=None
     )
     assert done.stdout == "1 + 1\n", done.stderr

@@ -127,7 +127,9 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
             time.sleep(1)
         idle = lambda: (
             "idle"
-            in subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout
+            in subprocess.run(
+                ["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, encoding="utf-8"
+            ).stdout
         )
         if not wait_for(idle):
             said = "\n".join(
@@ -162,7 +164,7 @@ def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
     waiting = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"]
     waiting += ["--seconds-between-status-checks", "3"]
     command = [sys.executable, "-m", "snakemake", *targets, *profile, *resources, *waiting]
-    done = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=tmp_path, env=slurm, capture_output=True, encoding="utf-8", timeout=900)
     printed = done.stdout + done.stderr
     submitted = re.findall(r"Job \d+ has been submitted with SLURM jobid", printed)
     assert done.returncode == 1 and len(submitted) == 6, printed[-4000:]
@@ -176,5 +178,7 @@ def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
         result = json.loads((tmp_path / "out" / "runs" / run.name / "result.json").read_text(encoding="utf-8"))
         assert result["config"]["name"] == "smoke" and result["means"]
     assert "milliseconds" in (tmp_path / "out" / "latency" / "deq.csv").read_text(encoding="utf-8")
-    again = subprocess.run([*command, "-n"], cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=200)
+    again = subprocess.run(
+        [*command, "-n"], cwd=tmp_path, env=slurm, capture_output=True, encoding="utf-8", timeout=200
+    )
     assert dict(re.findall(r"^(\w+) +(\d+)$", again.stdout + again.stderr, re.M)) == {"figure_1": "1", "total": "1"}

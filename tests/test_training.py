@@ -188,7 +188,7 @@ def start(folder: Path, pause: float) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code],
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
     )
 
@@ -500,7 +500,7 @@ def test_accelerate_launch_on_two_processes_gives_the_loss_curve_of_one_with_the
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     curves = [json.loads((tmp_path / f"curve-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     alone = tiny()

@@ -78,13 +78,13 @@ def plan(*what: str) -> dict[str, int]:
 
 def call(*what: str, python: Path | str = sys.executable, **settings: object) -> subprocess.CompletedProcess:
     """`snakemake` in a process of its own."""
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     return subprocess.run([python, "-m", "snakemake", *what], env=ENVIRONMENT, **output, **settings)
 
 
 def started(*what: str) -> subprocess.Popen:
     """`snakemake` in a process of its own, which a test kills."""
-    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     return subprocess.Popen([sys.executable, "-m", "snakemake", *what], env=ENVIRONMENT, **pipe)
 
 
@@ -515,7 +515,7 @@ def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
     assert (first, other.stdout.readline().split()) == ("0", ["1", "False"])
     other.kill()  # the operating system releases the lock
@@ -536,7 +536,7 @@ def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
     ("TARGETS=table_7", "TARGETS must be all, table_1 ... table_6, figure_1 ... figure_8, figure_steps"),
 ])  # fmt: skip
 def test_make_refuses_an_unknown_choice(choice, message):
-    done = subprocess.run(["make", "-n", "paper", choice], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", "-n", "paper", choice], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and message in done.stderr
 
 

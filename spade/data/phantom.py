@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -357,9 +358,9 @@ def check_heaps(path: str | Path) -> None:
     """Raise `ValueError` if text of a file, attribute or dataset, is in an endless heap."""
     with HeapReader(path) as raw:
         with suppress(Exception), h5py.File(raw, "r") as file:  # other faults are left to the reader
-            for holder, name in [(holder, name) for holder in (file.attrs, file) for name in holder]:
+            for place, name in [*zip(repeat(file.attrs), file.attrs), *zip(repeat(file), file)]:
                 with suppress(Exception):
-                    value = holder[name]
+                    value = place[name]
                     value[()] if isinstance(value, h5py.Dataset) and value.dtype.kind == "O" else None
         if raw.found:
             raise ValueError(f"text in {path} is damaged: zeros in the heap of HDF5. Copy the file again.")

@@ -4,7 +4,7 @@
 
 The demo's teacher is pruned to the multiply-accumulates that ratio 0.40 of the paper leaves, fine-tuned with ground
 truth, and judged on slices of the test subjects. Results are appended to OUT/importance.csv, one row per student and
-stage ("before" or "after" fine-tuning); settings and provenance are in OUT/NETWORK.json. Rows that exist are kept.
+stage ("before" or "after" fine-tuning); settings and provenance are in OUT/NETWORK-STEPS.json. Existing rows are kept.
 """
 
 import argparse
@@ -29,7 +29,7 @@ METHODS = [  # importance, scope, cuts
     *[(name, "global", 1) for name in ("l1", "taylor", "lamp")],
     ("l1", "local", 2),
 ]
-COLUMNS = "network importance scope cuts seed stage psnr ssim parameters macs seconds".split()
+COLUMNS = "network importance scope cuts updates seed stage psnr ssim parameters macs seconds".split()
 
 
 def arguments() -> argparse.Namespace:
@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=None, help="image rows that a step sees")
     parser.add_argument("--train", type=int, default=24, help="training slices")
     parser.add_argument("--test", type=int, default=12, help="test slices")
+    parser.add_argument("--only", nargs="*", help="some methods, such as l1-local-1 lamp-global-1")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", default="", help="folder of the demo's acquisitions")
     parser.add_argument("--out", type=Path, default=Path("outputs/importance"))
@@ -77,8 +78,8 @@ def main() -> None:
     path = options.out / "importance.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n")
-    done = {tuple(row[:6]) for row in csv.reader(path.open())}
+        path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+    done = {tuple(row[:7]) for row in csv.reader(path.open(encoding="utf-8"))}
     score = lambda network: evaluate(network, test, progress=False)[["psnr", "ssim"]].mean()
 
     def note(key: tuple, stage: str, network, macs: int, seconds: float) -> None:
@@ -90,15 +91,16 @@ def main() -> None:
 
     student = prune(teacher, options.ratio, check=False)
     removed = 1 - student.pruning_report.macs_after / student.pruning_report.macs_before
-    facts = dict(network=options.network, ratio=options.ratio, steps=options.steps, train_slices=len(train),
-                 test_slices=len(test), settings=settings, macs_removed=removed,
-                 macs_before=student.pruning_report.macs_before, teacher=source.name, teacher_sha256=file_checksum(source))  # fmt: skip
-    write_json(options.out / f"{options.network}.json", facts | provenance(script=Path(__file__).name))
-    if (options.network, "teacher", "", "0", "0", "after") not in done:
-        note((options.network, "teacher", "", 0, 0), "after", teacher, student.pruning_report.macs_before, 0.0)
+    report = student.pruning_report
+    facts = {name: getattr(options, name) for name in ("network", "ratio", "steps")} | {"settings": settings}
+    facts |= {"train_slices": len(train), "test_slices": len(test), "macs_before": report.macs_before}
+    facts |= {"macs_removed": removed, "teacher": source.name, "teacher_sha256": file_checksum(source)}
+    write_json(options.out / f"{options.network}-{options.steps}.json", facts | provenance(script=Path(__file__).name))
+    if (options.network, "teacher", "", "0", "0", "0", "after") not in done:
+        note((options.network, "teacher", "", 0, 0, 0), "after", teacher, student.pruning_report.macs_before, 0.0)
     for seed in range(options.seeds):
-        for name, scope, cuts in METHODS:
-            key = (options.network, name, scope, cuts, seed)
+        for name, scope, cuts in [m for m in METHODS if not options.only or f"{m[0]}-{m[1]}-{m[2]}" in options.only]:
+            key = (options.network, name, scope, cuts, options.steps, seed)
             if tuple(map(str, (*key, "after"))) in done:
                 continue
             began_student = time.process_time()

@@ -123,19 +123,20 @@ def prune_file(file: Path, ratio: float, out: Path, as_json: bool) -> None:
 @click.option("--teacher", type=FILE, help="The unpruned network, for school.")
 @click.option("--steps", default=100, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File of the result; its state is beside.")
+@click.option("--out", type=click.Path(path_type=Path), help="File of the result; <file>-tuned by default.")
 @acceleration_option
 @scale_option
 @json_option
 def finetune_file(
-    file: Path, data: Path, strategy: str, teacher: Path | None, steps: int, learning_rate: float, out: Path,
-    acceleration: int, scale: int, as_json: bool,
+    file: Path, data: Path, strategy: str, teacher: Path | None, steps: int, learning_rate: float,
+    out: Path | None, acceleration: int, scale: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Fine-tune a saved network; an interrupted call resumes.
 
     Example: spade finetune student.safetensors --data scans --teacher teacher.safetensors --out tuned"""
     import spade
 
+    out = out or Path(f"{file.stem}-tuned")
     student, guide = open_network(file), open_network(teacher) if teacher else None
     items = open_data(student, data, strategy == "supervised", acceleration, scale, steps)
     items = items if strategy == "supervised" else items.measurements()

@@ -58,7 +58,14 @@ class Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        except (
+            ValueError,
+            TypeError,
+            FileNotFoundError,
+            FileExistsError,
+            NotADirectoryError,
+            ModuleNotFoundError,
+        ) as error:
             raise click.UsageError(str(error)) from error
         except KeyboardInterrupt:
             ctx.exit(130)
@@ -236,19 +243,23 @@ def call_snakemake(config: str, *arguments: str) -> int:
     """Run the workflow with a configuration, its text on standard error; returns Snakemake's exit code."""
     import subprocess
 
+    import snakemake  # noqa: F401  a missing package is named with its extra
+
     from spade.basics import choose
     from spade.config import config_names
-    from spade.files import project_root
+    from spade.files import project_file, project_root
 
-    root = project_root()
-    if not (root / "workflow" / "Snakefile").is_file():
-        raise FileNotFoundError(f"the workflow needs a checkout of the project, got {root} without workflow/Snakefile.")
-    file = root / "config" / f"{choose('config', config, config_names())}.yaml"
-    command = [sys.executable, "-m", "snakemake", "--configfile", str(file), "--quiet", "rules", *arguments]
-    return subprocess.run(command, cwd=root, stdout=2).returncode  # 2: standard error
+    file = Path(config)
+    if file.suffix != ".yaml":
+        file = project_file("config", f"{choose('config', config, config_names())}.yaml")
+    options = ["--snakefile", str(project_file("workflow", "Snakefile")), "--configfile", str(file.resolve())]
+    command = [sys.executable, "-m", "snakemake", *arguments, *options, "--quiet", "rules"]
+    return subprocess.run(command, cwd=project_root(), stdout=2).returncode  # 2: standard error
 
 
-config_option = click.option("--config", default="demo", show_default=True, help="Name of a file in config/.")
+config_option = click.option(
+    "--config", default="demo", show_default=True, help="Name of a file in config/, or a YAML file."
+)
 out_option = click.option("--out", default="", help="Folder of the results instead of outputs/<config>.")
 
 # %% ../nbs/beyond/59_command_line.ipynb #c020
@@ -271,7 +282,7 @@ def run_demo(network: str, config: str, cores: int, gpus: int, out: str, as_json
     options = ["--cores", str(cores), "--resources", f"gpu={gpus}", *(["--config", f"results={out}"] if out else [])]
     if call_snakemake(config, f"demo_{network}", *options):
         raise click.ClickException(f"a job of demo_{network} failed; the text above names its notebook.")
-    folder = resolve(out or f"outputs/{config}") / f"demo_{network}"
+    folder = resolve(out or f"outputs/{Path(config).stem}") / f"demo_{network}"
     files = sorted(str(path) for path in folder.iterdir() if path.suffix in (".md", ".png", ".csv"))
     show({"folder": folder, "files": files}, as_json, "\n".join(files))
 
@@ -288,7 +299,7 @@ def plan_runs(config: str, out: str, as_json: bool) -> None:
     from spade.files import resolve
     from spade.workflow import estimate, paper_runs
 
-    folder, runs = resolve(out or f"outputs/{config}"), paper_runs(load_config(config)).values()
+    folder, runs = resolve(out or f"outputs/{Path(config).stem}"), paper_runs(load_config(config)).values()
     names = [run.name for run in runs if not (run.folder(folder) / "done").is_file()]
     sentence = estimate(config, out)
     show({"config": config, "runs": names, "estimate": sentence}, as_json, "\n".join([*names, sentence]))

@@ -125,7 +125,7 @@ def test_ctrl_c_ends_with_exit_code_130(folder):
         "finetune teacher --data scans --acceleration 4 --strategy self-supervised --steps 100000 --out long".split()
     )
     command, curve = [sys.executable, "-m", "spade", *words], folder / "long-training" / "curve.csv"
-    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, encoding="utf-8") as process:
         try:
             while not (curve.is_file() and len(curve.read_text(encoding="utf-8").splitlines()) > 2):
                 assert process.poll() is None, process.stderr.read()
@@ -149,8 +149,9 @@ def test_the_workflow_is_called_and_a_failed_job_is_exit_code_1(folder, monkeypa
     assert command[command.index("--cores") + 1] == "2"
     assert Path(command[command.index("--configfile") + 1]) == ROOT / "config" / "demo.yaml"
     monkeypatch.chdir(folder)
-    outside = call("demo", "--network", "deq")
-    assert outside.exit_code == 2 and "needs a checkout of the project" in outside.stderr
+    call("demo", "--network", "deq", "--config", "mine.yaml")  # outside of a checkout
+    assert Path(calls[1][calls[1].index("--configfile") + 1]) == (folder / "mine.yaml").resolve()
+    assert Path(calls[1][calls[1].index("--snakefile") + 1]) == ROOT / "workflow" / "Snakefile"
 
 
 def test_plan_and_index_print_one_object(tmp_path, monkeypatch):
@@ -172,5 +173,5 @@ def test_help_has_an_example_and_does_not_load_torch():
         "click.testing.CliRunner().invoke(m.main, ['prune', '--help'])\n"
         "print({'torch', 'h5py', 'pandas'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.stdout.strip() == "set()", done.stderr

@@ -181,8 +181,8 @@ def has_gaps(kspace: Tensor) -> bool:
 # %% ../../nbs/data/23_fastmri.ipynb #c029
 def seam(image: Tensor, axis: int, place: int) -> float:
     """Largest relative difference of neighbouring pixels near `place` along an axis of `(coils, H, W)`."""
-    pixels = image.roll(2 - place, axis).narrow(axis, 0, 4)
-    left, right = pixels.narrow(axis, 0, 3), pixels.narrow(axis, 1, 3)
+    pixels = image.roll(2 - place, axis).narrow(axis, 0, min(4, image.shape[axis]))
+    left, right = (pixels.narrow(axis, first, pixels.shape[axis] - 1) for first in (0, 1))
     others = [other for other in range(image.ndim) if other != axis % image.ndim]
     return ((right - left).abs().sum(others) / (right.abs() + left.abs()).sum(others)).max().item()
 

@@ -13,11 +13,10 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import nn
 from torch.nn import functional as F
@@ -38,6 +37,9 @@ from .pruning import count_macs, count_parameters, prune
 from .runs import read_record, write_csv, write_record
 from .training import Count, FrozenSettings, Positive, Ratio, Real, Whole, read_settings
 from .y_channel import cubic_enlarged, evaluate_luminance, luminance_scores, reduced_batch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/beyond/57_fmp_runs.ipynb #c006
 class FmpSettings(FrozenSettings):
@@ -302,8 +304,10 @@ def published_networks(folder: Path, scale: int) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def figure_of_details(networks: dict[str, nn.Module], batch: Batch, side: int = 64) -> Figure:
+def figure_of_details(networks: dict[str, nn.Module], batch: Batch, side: int = 64) -> "Figure":
     """The detail of a picture that varies most, from each network, with the PSNR of the whole picture."""
+    from matplotlib.figure import Figure
+
     assert batch.x is not None
     side = min(side, *batch.x.shape[-2:])
     spread = F.avg_pool2d(batch.x.mean(1, keepdim=True).sub(0.5).square(), side, stride=8)

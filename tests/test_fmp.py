@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +103,17 @@ def test_non_zero_costs_are_counted_by_hand():
     assert costs["params_dense"] - costs["params"] == 27 + 27
     assert costs["flops_dense"] == count_macs(network, torch.zeros(1, 3, 64, 64))
     assert costs["flops_dense"] - costs["flops"] == 27 * 64**2 + 27 * 128**2 and costs["milliseconds"] > 0
+
+
+def test_the_workflow_plans_every_run_of_the_demo():
+    """Four criteria in two metrics, of which one run is a method's, too; three tables and a figure."""
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "snakemake", "demo_edsr-sr", "-n", "--quiet", "rules", "--cores", "1"]
+    command += ["--configfile", "config/smoke.yaml", "--config", "results=outputs/nowhere"]
+    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    jobs = dict(re.findall(r"(?m)^(\S+) +(\d+)$", done.stdout + done.stderr))
+    settings = load_fmp("smoke")
+    runs = {run.name for run in [*criteria_runs(settings), *method_runs(settings)]}
+    assert jobs["fmp_run"] == str(len(runs)) == "13"
+    assert all(jobs[name] == "1" for name in ("fmp_table_2", "fmp_table_3", "fmp_table_4", "fmp_figure_1"))

@@ -107,6 +107,9 @@ def test_a_file_is_named_without_ending_a_folder_too_and_what_it_holds_decides(f
     assert json.loads(call("info", "teacher", "--json").stdout)["model"] == "VarNet"
     save_folder(spade.load("teacher"), "published", strategy="school")
     assert "school" in call("info", "published").stdout
+    weights = {"state_dict": VarNet(num_cascades=1, channels=4, num_pools=1).state_dict()}
+    torch.save(weights, folder / "published.bin")  # under fastMRI's names
+    assert call("prune", "published.bin", "--ratio", "0.4", "--out", "small", "--json").exit_code == 0
     torch.save({"a": torch.ones(1)}, folder / "other.weights")
     wrong = call("prune", "other.weights", "--ratio", "0.4", "--out", "x")
     assert wrong.exit_code == 2 and "must hold weights of fastMRI's VarNet or of USRNet" in wrong.stderr
@@ -149,6 +152,7 @@ def test_the_workflow_is_called_and_a_failed_job_is_exit_code_1(folder, monkeypa
     assert command[command.index("--cores") + 1] == "2"
     assert Path(command[command.index("--configfile") + 1]) == ROOT / "config" / "demo.yaml"
     monkeypatch.chdir(folder)
+    shutil.copy(ROOT / "config" / "demo.yaml", "mine.yaml")
     call("demo", "--network", "deq", "--config", "mine.yaml")  # outside of a checkout
     assert Path(calls[1][calls[1].index("--configfile") + 1]) == (folder / "mine.yaml").resolve()
     assert Path(calls[1][calls[1].index("--snakefile") + 1]) == ROOT / "workflow" / "Snakefile"

@@ -34,7 +34,7 @@ class InstanceNorm(nn.InstanceNorm2d):
         if torch.is_grad_enabled() or input.device.type != "cpu" or input[0, 0].numel() == 1:
             return super().forward(input)  # one kernel with its gradient; refuses a single pixel
         centred = input - input.mean(dim=(2, 3), keepdim=True)
-        return centred * (centred.square().mean(dim=(2, 3), keepdim=True) + self.eps).rsqrt()
+        return centred.mul_((centred.square().mean(dim=(2, 3), keepdim=True) + self.eps).rsqrt())
 
 # %% ../../nbs/models/05_varnet.ipynb #c008
 class ConvBlock(nn.Module):

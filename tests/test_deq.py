@@ -515,3 +515,76 @@ def test_the_projection_is_nothing_where_the_maps_cover_the_image():
         warnings.simplefilter("error")
         images = [tiny(project=project)(y, A) for project in (False, True)]
     assert A.support.all() and torch.equal(*images)
+
+
+# --- safeguard, warm start, one image at a time ----------------------------------------------------------------------
+
+
+def rotation(rate: float, angle: float) -> torch.Tensor:
+    """A contraction that turns: the plain iteration spirals in."""
+    c, s = math.cos(angle), math.sin(angle)
+    return rate * torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("memory", [1, 2, 5])
+def test_the_safeguarded_search_ends_at_the_same_point(memory):
+    turn = rotation(0.95, 0.7)
+    step = lambda x: x @ turn.T + 0.1 * torch.tanh(x) + 1
+    plain = fixed_point(step, torch.zeros(1, 2).double(), 1, 2000, 1e-12)[1]
+    x, answer, trace = fixed_point(step, torch.zeros(1, 2).double(), memory, 2000, 1e-12, safeguard=2.0)
+    assert trace.converged
+    torch.testing.assert_close(answer, plain, rtol=1e-9, atol=0)
+
+
+def test_a_worse_mixed_iterate_is_replaced_by_the_best_answer(monkeypatch):
+    "A mixture that jumps away: without the safeguard the search fails, with it the search is the plain one."
+    import spade.models.deq as deq
+
+    far = lambda xs, gs, damping=0.0: gs[-1] + 50.0 * (len(xs) > 1)
+    monkeypatch.setattr(deq, "anderson_mix", far)
+    step = lambda x: 0.5 * x + 1
+    with pytest.raises(DivergenceError):
+        fixed_point(step, torch.ones(1, 3).double(), 5, 60, 1e-8)
+    x, answer, trace = fixed_point(
+        step, torch.ones(1, 3).double(), 5, 200, 1e-4, largest_growth=math.inf, safeguard=2.0
+    )
+    assert trace.converged and torch.allclose(answer, torch.full((1, 3), 2.0).double(), atol=1e-3)
+
+
+def test_the_safeguard_does_not_mix_the_images_of_a_batch():
+    rates = torch.tensor([[0.1], [0.9], [0.97]]).double()
+    together = fixed_point(lambda x: rates * torch.sin(x) + 1, torch.zeros(3, 4).double(), safeguard=2.0)[1]
+    for row in range(3):
+        alone = fixed_point(lambda x: rates[row] * torch.sin(x) + 1, torch.zeros(1, 4).double(), safeguard=2.0)[1]
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-12, atol=0)
+
+
+def two_measurements() -> tuple[torch.Tensor, MultiCoilMRI]:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 3, 12, 10, dtype=torch.complex64, generator=generator)
+    maps = maps / maps.abs().square().sum(dim=1, keepdim=True).sqrt()
+    masks = torch.rand(2, 1, 1, 10, generator=generator) < 0.6
+    A = MultiCoilMRI(masks, maps)
+    return A(torch.randn(2, 1, 12, 10, dtype=torch.complex64, generator=generator)), A
+
+
+@pytest.mark.parametrize("solver", ["anderson", "safeguarded", "plain"])
+def test_slices_one_by_one_equal_those_of_the_batch(solver):
+    torch.manual_seed(0)
+    model, (y, A) = (
+        DEQ(features=8, num_blocks=1, solver=solver, tolerance=1e-5, max_iterations=400).eval(),
+        two_measurements(),
+    )
+    together, record = model.solve(y, A, record=False)
+    apart, traces = model.solve_slices(y, A)
+    assert [trace.iterations for trace in traces] == [row["iterations"] for row in record.rows()]
+    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-4)
+    warm, traces = model.solve_slices(y[:1].repeat(2, 1, 1, 1), A.slice(0), warm=True)
+    assert traces[1].iterations <= 2 < traces[0].iterations  # the second slice starts at its own answer
+    torch.testing.assert_close(warm[1], warm[0], rtol=1e-3, atol=1e-4)
+    assert model.config()["solver"] == solver
+
+
+def test_a_solver_by_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="unknown solver 'newton': choose one of anderson, safeguarded, plain"):
+        DEQ(solver="newton")

@@ -431,3 +431,35 @@ def test_registry_names_its_choices():
     for model, found in ((nn.Linear(1, 1), "Linear"), (foreign, "VarNet")):
         with pytest.raises(ValueError, match=f"model must be one of DEQ, .* of spade.models, got .*{found}"):
             network_name(model)
+
+
+# --- inference and memory --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [VarNet, E2EVarNet])
+def test_checkpointing_changes_no_gradient_and_no_checkpoint(cls):
+    torch.manual_seed(0)
+    plain = cls(num_cascades=2, channels=4, num_pools=2)
+    again = copy.deepcopy(plain)
+    again.checkpointing = True
+    y, A = problem()
+    for model in (plain, again):
+        model(y, A).abs().square().sum().backward()
+    for first, second in zip(plain.parameters(), again.parameters()):
+        assert torch.equal(first.grad, second.grad)
+    assert again.config() == plain.config() and list(again.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("size", [(7, 5), (16, 16)])
+def test_instance_norm_without_gradients_is_that_of_pytorch(number, size):
+    from spade.models.varnet import InstanceNorm
+
+    features = 1e3 + torch.randn(number, 4, *size, dtype=torch.float64)
+    features[0, 1] = 5.0  # a constant channel becomes zero
+    with torch.no_grad():
+        found, given = InstanceNorm(4)(features), features.clone()
+    torch.testing.assert_close(found, nn.InstanceNorm2d(4)(features), rtol=1e-9, atol=1e-9)
+    assert torch.equal(features, given) and not found[0, 1].any()
+    with torch.no_grad(), pytest.raises(ValueError, match="more than 1 spatial element"):
+        InstanceNorm(4)(torch.ones(2, 4, 1, 1))

@@ -87,8 +87,8 @@ def main() -> None:
     path = options.out / "speed_demo.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n")
-    done = {tuple(row[:3]) for row in csv.reader(path.open())}
+        path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+    done = {tuple(row[:3]) for row in csv.reader(path.open(encoding="utf-8"))}
     facts = dict(network=options.network, steps=options.steps, train_slices=len(train), test_slices=len(test),
                  settings=settings, teacher=source.name, teacher_sha256=file_checksum(source))  # fmt: skip
     if options.network == "deq":

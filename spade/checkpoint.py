@@ -149,7 +149,7 @@ WEIGHTS = "model.safetensors"  # in a folder or repository that holds one networ
 
 
 def download(repo: str) -> Path:
-    """The weights of `owner/name` or `owner/name@revision` on Hugging Face's hub, in the cache of this user.
+    """The weights of `owner/name` or `owner/name@revision` on Hugging Face's hub, in this user's cache.
 
     Raises ValueError for another name, and FileNotFoundError if they cannot be had."""
     import huggingface_hub

@@ -1074,6 +1074,7 @@ def prune(
 # %% ../nbs/beyond/40_any_network.ipynb #c002
 import inspect
 from contextlib import ExitStack
+from itertools import product
 
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
@@ -1255,15 +1256,20 @@ class Priors(list[Prior]):
 
 # %% ../nbs/beyond/40_any_network.ipynb #c024
 def record_calls(model: nn.Module, inputs: Any, output: Output | None = None) -> dict[nn.Module, ModuleCalls]:
-    """The calls of all modules in `model(*inputs)`; raises `ValueError` where the model does not run."""
-    args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    for graded in (False, True):  # with gradients only where a network needs them
+    """The calls of all modules in `model(*inputs)`; raises `ValueError` where the model does not run.
+
+    Where it runs only with inputs in the precision of its weights, they are converted."""
+    weight, reason = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(())), None
+    convert = lambda leaf: leaf.to(weight.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+    for given, graded in product((inputs, tree_map(convert, inputs)), (False, True)):  # gradients only where needed
+        args, keywords = ((), detached(given)) if isinstance(given, dict) else (detached(given), {})
         try:
             with torch.set_grad_enabled(graded), CallRecorder(model, output) as recorder:
-                model(*detached(args), **(detached(inputs) if isinstance(inputs, dict) else {}))
+                model(*(args if isinstance(args, (tuple, list)) else (args,)), **keywords)
             return dict(recorder.calls)
         except Exception as error:
-            reason = error
+            reason = reason or error
+    assert reason is not None
     raise ValueError(f"{type(model).__name__} must run with inputs, got {first_line(reason)}.") from reason
 
 

@@ -253,6 +253,14 @@ def test_a_scripted_model_is_refused():
             find_priors(model, image())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_inputs_are_converted_to_the_precision_of_the_weights(dtype, keyword):
+    model, x = Net(lambda net, x, level=0.5: net.cnn(x * level), cnn=cnn()).to(dtype), image()
+    student = prune(model, 0.4, inputs={"x": x, "level": 0.5} if keyword else x)
+    assert student.cnn[0].out_channels == 4 and student(x.to(dtype)).dtype == dtype
+
+
 def test_prune_finds_the_cnns_itself():
     y, A, x = brain()
     model = VarNet(2, 4, 2)

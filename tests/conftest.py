@@ -1,9 +1,19 @@
 """What several test files share: where optional real data lies, and one thread for repeatable numbers."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    """Where the home cannot be written, Snakemake's cache is in a folder that is removed at the end."""
+    if not os.access(Path.home(), os.W_OK):
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ.setdefault("XDG_CACHE_HOME", folder.name)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -249,6 +249,11 @@ SMOKE = (ROOT / "config" / "smoke.yaml").read_text(encoding="utf-8")
 LINES = len(SMOKE.splitlines())
 
 
+def line(text: str) -> int:
+    """The first line of the configuration smoke with this text, from 1."""
+    return SMOKE[: SMOKE.index(text)].count("\n") + 1
+
+
 @pytest.mark.parametrize(
     "content, sentence",
     [
@@ -257,18 +262,30 @@ LINES = len(SMOKE.splitlines())
         ("", "must hold settings, .* got an empty file"),
         ("# a comment\n", "must hold settings, .* got an empty file"),
         ("a: [1", r"line 1: while parsing a flow sequence expected ',' or '\]'"),
-        (SMOKE.replace("\nthreads", "\n\tthreads"), r"line 4: .* found character '\\t' .*; indent with spaces"),
+        (
+            SMOKE.replace("\nthreads", "\n\tthreads"),
+            rf"line {line('threads')}: .* found character '\\t' .*; indent with spaces",
+        ),
         (SMOKE.encode("utf-16"), "must be UTF-8 text, got a byte of another encoding in line 1"),
         (SMOKE.encode("utf-16-le"), "must be UTF-8 text, got a byte of another encoding in line 1"),
         (f"{SMOKE}# für".encode("latin-1"), f"must be UTF-8 text, got a byte of another encoding in line {LINES + 1}"),
         (f"{SMOKE}# \0", f"must be UTF-8 text, got a byte of another encoding in line {LINES + 1}"),
-        (f"{SMOKE}---\n{SMOKE}", f"line 2 to {LINES + 1}: expected a single document .* found another document"),
-        (SMOKE.replace("&short ", ""), "line 18: found undefined alias 'short'; write its anchor, such as &name"),
+        (
+            f"{SMOKE}---\n{SMOKE}",
+            f"line {line('description')} to {LINES + 1}: expected a single document .* found another document",
+        ),
+        (
+            SMOKE.replace("&short ", ""),
+            f"line {line(': *short')}: found undefined alias 'short'; write its anchor, such as &name",
+        ),
         (SMOKE + "cores: !include other.yaml\n", f"line {LINES + 1}: could not .* the tag '!include'"),
         ("!!python/object/apply:os.getcwd []\n", "line 1: could not determine a constructor for the tag"),
         ("? [1, 2]\n: 3\n", "line 1: while constructing a mapping found unhashable key"),
         ("[" * 3000 + "]" * 3000, "must be YAML, got brackets that are nested too deep"),
-        (SMOKE.replace("threads: 1", "threads:1"), "line 4 to 5: .* could not find expected ':'"),
+        (
+            SMOKE.replace("threads: 1", "threads:1"),
+            f"line {line('threads')} to {line('threads') + 1}: .* could not find expected ':'",
+        ),
         (SMOKE.replace("threads: 1", "threads: 2024-01-01"), "threads must be a valid integer, got '2024-01-01'"),
         (SMOKE.replace("threads: 1", "threads: 1:30"), "threads must be a valid integer, got '1:30'"),
         (SMOKE.replace("threads: 1", "threads: yes"), "threads must be a number, got True"),

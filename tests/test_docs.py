@@ -1,6 +1,7 @@
 """The website: builds without a warning, its links lead somewhere, and each page is shown without an error."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,10 @@ COUNTS = r"""() => {
     prose.filter((element) => /\$[^$]+\$/.test(text(element))).length,
   ];
 }"""
+
+
+CUT_CODE = """() => [...document.querySelectorAll("div.cell_input pre")]
+  .filter((code) => code.scrollWidth > code.clientWidth + 1).length"""
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,7 @@ def test_a_function_is_documented_with_the_comments_beside_its_parameters(site):
 
 def test_every_page_is_shown_without_an_error_on_a_screen_and_on_a_phone(site):
     if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
+        assert not os.environ.get("CI"), "CI must have chromium (.ci/run installs it) and playwright"
         pytest.skip("needs chromium (apt-get install chromium) and playwright (pip install playwright)")
     from playwright.sync_api import sync_playwright
 
@@ -117,6 +123,8 @@ def test_every_page_is_shown_without_an_error_on_a_screen_and_on_a_phone(site):
                 page.set_viewport_size({"width": width, "height": 900})
                 wider = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
                 faults += [f"{name}: {wider} pixels wider than {width}"] if wider > 0 else []
+                cut = page.evaluate(CUT_CODE) if width == 1280 else 0
+                faults += [f"{name}: {cut} code cells are cut off at {width} pixels"] if cut else []
             faults += [f"{name}: {error}" for error in errors]
             page.remove_listener("pageerror", listener)
             found = page.evaluate(COUNTS)

@@ -499,7 +499,7 @@ def latency_key(network: str, config: Config) -> str:
 
 # %% ../nbs/repro/33_runs.ipynb #c074
 def converged_runs(config: Config, network: str = "deq") -> list[Run]:
-    """The teacher and the students of the first strategy whose fixed-point search is timed; none of other networks."""
+    """The teacher and the first strategy's students, whose fixed-point search is timed; none otherwise."""
     if network != "deq" or network not in config.networks:
         return []
     strategy, seed = next(iter(config.networks[network].finetuning), ""), config.seeds[0]

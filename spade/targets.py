@@ -513,7 +513,7 @@ def achieved(draft: Draft, request: Request, inputs: Any) -> dict[str, float]:
 
 
 def prune_to(teacher: nn.Module, request: Mapping[str, Any], check: bool = True, **options: Any) -> nn.Module:
-    """`prune` with a request; `options` are its other arguments. Raises `ValueError` for an impossible request."""
+    """`prune` with a request; `options` are its other arguments. `ValueError` for an impossible request."""
     read = read_request(options["ratio"], options["inputs"], request)
     if read.steps > 1:
         return prune_in_steps(teacher, read, check, options)

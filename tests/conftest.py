@@ -9,11 +9,12 @@ import torch
 
 
 def pytest_configure(config):
-    """Where the home cannot be written, Snakemake's cache is in a folder that is removed at the end."""
+    """Where the home cannot be written, Snakemake and IPython write to a folder that is removed at the end."""
     if not os.access(Path.home(), os.W_OK):
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
-        os.environ.setdefault("XDG_CACHE_HOME", folder.name)
+        for name in ("XDG_CACHE_HOME", "IPYTHONDIR"):
+            os.environ.setdefault(name, folder.name)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -93,7 +93,9 @@ def inputs_of(case: Case, small: bool) -> tuple[Tensor, nn.Module]:
 
 def call_on(model: nn.Module, y: Tensor, A: Any) -> Callable[[], Any]:
     """One reconstruction; of a DEQ one iteration."""
-    return partial(one_iteration(model) if isinstance(model, DEQ) else model, y, A)
+    call: Any = partial(one_iteration(model) if isinstance(model, DEQ) else model, y, A)
+    call.model = model  # for the columns of counts
+    return call
 
 
 def teacher_of(case: Case, small: bool) -> nn.Module:
@@ -310,9 +312,12 @@ def take_turns(
 def counts_of(case: Case, call: Any, device: torch.device) -> dict[str, Any]:
     """Parameters, multiply-accumulates of the CNNs and peak memory of one side of a case."""
     counts: dict[str, Any] = {"peak_bytes": peak_memory(call, device)} if case.kind == "training" else {}
-    model = getattr(call, "func", None)
-    if case.kind == "pruned" and isinstance(model, nn.Module):
-        counts |= {"parameters": count_parameters(model), "macs": count_macs(model, *call.args)}
+    if case.kind == "pruned":
+        model, (y, A) = call.model, call.args
+        counts["parameters"] = count_parameters(model)
+        one_step = isinstance(model, DEQ)
+        image = torch.zeros(len(y), 2, *y.shape[-2:], device=device)
+        counts["macs"] = count_macs(model.denoiser, image) if one_step else count_macs(model, y, A)
     return counts
 
 

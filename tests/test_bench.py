@@ -66,6 +66,13 @@ def test_a_missing_library_is_noted(monkeypatch):
     assert row["note"] == "ImportError: No module named 'fastmri'" and row["side"] == "none"
 
 
+def test_a_deq_is_counted_for_one_iteration():
+    rows = measure_case(Case("pruned", "deq", 0.40, 2), CPU, True, 1, time.monotonic() + 300, 1)
+    pixels, (c, blocks) = 64 * 64, (16, 2)
+    assert rows[0]["macs"] == 9 * pixels * (2 * c + (2 * blocks + 1) * c * c + 2 * c)
+    assert rows[1]["macs"] < rows[0]["macs"] and rows[1]["parameters"] < rows[0]["parameters"]
+
+
 def test_aligned_widths_have_no_more_parameters_than_the_papers():
     rows = measure_case(Case("pruned", "varnet", 0.40, 2), CPU, True, 1, time.monotonic() + 300, 1)
     parameters = {row["side"]: row["parameters"] for row in rows}

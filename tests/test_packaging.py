@@ -261,7 +261,13 @@ def environment(folder: Path, wheel: zipfile.ZipFile, found: dict) -> dict[str, 
             if not (folder / top).exists():
                 (folder / top).symlink_to(distribution.locate_file(top))
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**kept, "PYTHONPATH": str(folder), "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {
+        **kept,
+        "PYTHONPATH": str(folder),
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
 
 
 def run(code: str, folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:

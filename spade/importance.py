@@ -18,7 +18,7 @@ from .pruning import Importance, Member, filter_axis, group_l1, group_mean
 
 # %% ../nbs/beyond/53_importance.ipynb #c006
 def filter_rows(member: Member, weight: Tensor | None = None) -> Tensor | None:
-    """The filters of a layer in a group as rows `(channels, n)`, float64; None for a layer without filters.
+    """The filters of a layer as rows `(channels, n)`, float64; None for a layer without filters.
 
     `weight`: another tensor with the first two axes of the layer's weight."""
     weight = getattr(member.module, "weight", None) if weight is None else weight

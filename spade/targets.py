@@ -303,6 +303,8 @@ class Search:
         name, _ = self.request.target or ("", 0.0)
         if name != "target_speedup":
             value = self.costs.removed()[name]
+        elif not any(plan.num_removed for _, plan in self.chooser.groups):
+            value = 1.0  # nothing would be cut
         else:
             draft = self.chooser.draft
             value = speed_up(draft.teacher, trial_cut(draft), self.inputs, self.device, self.request.repeats)

@@ -54,6 +54,7 @@ VARNET, STUDENT, PHOTO_STUDENT = (
     Run("varnet", 6, 0.40, "school"),
     Run("usrnet", ratio=0.40, strategy="school"),
 )
+JUDGED = Run("usrnet", ratio=0.40, strategy="supervised")  # also evaluated before fine-tuning
 
 
 def papermill(
@@ -111,7 +112,7 @@ def test_an_unknown_choice_fails_in_the_first_cell_and_names_the_choices(noteboo
 def workplace(tmp_path_factory) -> Path:
     """A folder with the results of a teacher and a student of VarNet, and of USRNet."""
     folder = tmp_path_factory.mktemp("experiments")
-    for run in (VARNET, STUDENT, PHOTO_STUDENT.teacher, PHOTO_STUDENT):
+    for run in (VARNET, STUDENT, PHOTO_STUDENT.teacher, PHOTO_STUDENT, JUDGED):
         done = papermill(run, folder, data=str(folder / "data"))
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -171,19 +172,20 @@ def test_usrnet_leaves_results_by_scale(workplace):
 
 
 def test_a_student_of_usrnet_serves_all_scales_and_is_validated_from_step_0(workplace):
-    folder = PHOTO_STUDENT.folder(workplace)
+    folder = JUDGED.folder(workplace)
     metrics, curve = pd.read_csv(folder / "metrics.csv"), pd.read_csv(folder / "curve.csv")
     psnr = metrics[metrics["metric"] == "psnr"]
-    assert psnr.groupby("strategy")["scale"].nunique().to_dict() == {"none": 3, "school": 3}
-    assert psnr.groupby("strategy")["image"].nunique().to_dict() == {"none": 1, "school": 2}, (
-        "photos.pre_finetune_limit is 1"
-    )
+    assert psnr.groupby("strategy")["scale"].nunique().to_dict() == {"none": 3, "repaired": 3, "supervised": 3}
+    images = psnr.groupby("strategy")["image"].nunique().to_dict()
+    assert images == {"none": 1, "repaired": 1, "supervised": 2}, "photos.pre_finetune_limit is 1"
+    school = pd.read_csv(PHOTO_STUDENT.folder(workplace) / "metrics.csv")
+    assert set(school["strategy"]) == {"school"}, "what pruning leaves is evaluated once"
     assert curve["step"].tolist() == [0, 1, 2, 3] and curve["validation"].notna().all() and np.isnan(curve["loss"][0])
-    assert result_of(PHOTO_STUDENT, workplace)["before_measurements"] == 3
+    assert result_of(JUDGED, workplace)["before_measurements"] == 3
 
 
 def test_a_run_of_the_gpu_configuration_on_a_cpu(tmp_path):
-    """320 x 320 with 16 coils, as in the paper; two of VarNet's twelve cascades, one step, one slice a split."""
+    """320 x 320 with 16 coils, as in the paper; two of VarNet's eight cascades, one step, one slice a split."""
     shorter = {
         "device": "cpu",
         "threads": 1,
@@ -197,7 +199,7 @@ def test_a_run_of_the_gpu_configuration_on_a_cpu(tmp_path):
     done = papermill(VARNET, tmp_path, "gpu", str(tmp_path / "data"), overrides=shorter)
     assert done.returncode == 0, done.stderr[-3000:]
     result, curve = result_of(VARNET, tmp_path), pd.read_csv(VARNET.folder(tmp_path) / "curve.csv")
-    assert result["parameters"] == 19_634_712 / 12 * 2
+    assert result["parameters"] == 19_634_712 / 8 * 2
     assert result["config"]["name"] == "gpu" and result["device"].startswith("CPU")
     assert len(curve) == 1 and np.isfinite(curve["loss"]).all() and np.isfinite(list(result["means"].values())).all()
     with h5py.File(next((tmp_path / "data").glob("*.h5"))) as file:

@@ -156,7 +156,7 @@ def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
     nbformat.write(notebook, tmp_path / "nbs" / "experiments" / "figure_1.ipynb")
     student = Run("deq", 6, 0.40, "school")
-    targets = [f"out/runs/{student.name}/done", "out/latency/deq.csv", "figure_1"]
+    targets = [f"out/runs/{student.name}/done", "out/latency/varnet.csv", "figure_1"]
     profile = ["--configfile", "config/smoke.yaml", "--config", "results=out"]
     profile += ["--workflow-profile", "workflow/profiles/slurm", "--latency-wait", "20", "--retries", "0"]
     resources = ["--default-resources", "slurm_partition=test", "mem_mb=500", "--set-threads", "latency=1"]
@@ -177,7 +177,7 @@ def test_a_part_of_the_batch_runs_on_slurm(slurm, tmp_path):
         assert (tmp_path / "out" / "runs" / run.name / "done").is_file()
         result = json.loads((tmp_path / "out" / "runs" / run.name / "result.json").read_text(encoding="utf-8"))
         assert result["config"]["name"] == "smoke" and result["means"]
-    assert "milliseconds" in (tmp_path / "out" / "latency" / "deq.csv").read_text(encoding="utf-8")
+    assert "milliseconds" in (tmp_path / "out" / "latency" / "varnet.csv").read_text(encoding="utf-8")
     again = subprocess.run(
         [*command, "-n"], cwd=tmp_path, env=slurm, capture_output=True, encoding="utf-8", timeout=200
     )

@@ -377,11 +377,11 @@ def test_a_notebook_cut_by_a_full_disk_ends_only_its_own_job(project):
     """A limit to the size of a file cuts the executed notebook as a full disk does."""
     small_notebook("figure_1", "from pathlib import Path\nPath(f'{target}.png').touch()\nprint('x' * 9_000_000)")
     small_notebook("latency", "from pathlib import Path\nPath(out, 'latency', f'{network}.csv').touch()")
-    command = ["figure_1", "out/latency/deq.csv", *arguments("out", results="out")]
+    command = ["figure_1", "out/latency/varnet.csv", *arguments("out", results="out")]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
     done = call(*command, preexec_fn=limit)
     assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stdout, done.stdout[-3000:]
-    assert Path("out/latency/deq.csv").is_file() and not Path("out/notebooks/figure_1.done").exists()
+    assert Path("out/latency/varnet.csv").is_file() and not Path("out/notebooks/figure_1.done").exists()
     with pytest.raises(ValueError):
         json.loads(Path("out/notebooks/figure_1.ipynb").read_text(encoding="utf-8"))
     done = call("figure_1", *command[2:])

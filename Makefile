@@ -128,7 +128,7 @@ check-notebooks: $(VENV)/.installed-dev
 # Two files at a time, those that take longest first.
 check-tests: $(VENV)/.installed-dev
 	$(CHECK) -m pytest -q --durations 10 -n 2 --dist loadfile --no-loadscope-reorder \
-		tests/test_slurm.py tests/test_workflow.py tests/test_experiments.py tests/test_zoo.py tests/test_docs.py tests
+		tests/test_slurm.py tests/test_workflow.py tests/test_failures.py tests/test_experiments.py tests/test_zoo.py tests/test_docs.py tests
 
 # Each experiment notebook in a batch: every network at R = 6 or on photographs, and VarNet at R = 8, too.
 SMOKE := $(foreach n,1 3 4 6,table_$(n)) $(foreach n,1 2 3 5 6 7 8 steps,figure_$(n)) demo_varnet fmp

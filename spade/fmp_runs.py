@@ -68,7 +68,7 @@ class FmpSettings(FrozenSettings):
 
 
 def load_fmp(name: str) -> FmpSettings:
-    """The settings in `config/fmp/<name>.yaml`; raises `ValueError` for an unknown name or a wrong setting."""
+    """The settings in `config/fmp/<name>.yaml`; raises `ValueError` for a wrong name or setting."""
     folder = project_file("config", "fmp")
     path = folder / f"{choose('config', name, sorted(path.stem for path in folder.glob('*.yaml')))}.yaml"
     return read_settings(FmpSettings, read_yaml(path), path.name)

@@ -96,7 +96,8 @@ class Taylor:
 
         def measure(member: Member) -> Tensor | None:
             weight = getattr(member.module, "weight", None)
-            each = [] if weight is None else [filter_rows(member, p).sum(1) for p in products.get(id(weight), [])]  # type: ignore[union-attr]
+            found = [] if weight is None else products.get(id(weight), [])
+            each = [filter_rows(member, product).sum(1) for product in found]  # type: ignore[union-attr]
             return torch.stack(each).square().mean(0) if each else None
 
         return lambda members, num_units: group_mean(members, num_units, measure)

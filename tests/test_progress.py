@@ -134,6 +134,10 @@ def test_snakemakes_events_arrive(tmp_path, code):
 
 def test_make_echoes_no_recipe():
     done = subprocess.run(
-        ["make", "--eval", "shown:; echo 1 + 1", "shown"], cwd=ROOT, capture_output=True, encoding="utf-8", env=None
+        ["make", "--no-print-directory", "--eval", "shown:; echo 1 + 1", "shown"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        env=None,
     )
     assert done.stdout == "1 + 1\n", done.stderr

@@ -1,115 +1,42 @@
-"""The batch of the whole paper: which jobs a target needs, what a change runs again, failures, kills, one job a GPU."""
+"""The batch of the whole paper: which jobs a target needs, what a change runs again, one job a GPU."""
 
 import base64
-import contextlib
-import gc
 import importlib.util
-import io
 import json
-import logging
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
-import pandas as pd
-import psutil
 import pytest
 import torch
-import yaml
-from faults import copy_project, kill_family
+from batches import (
+    ENVIRONMENT,
+    EXPERIMENTS,
+    ROOT,
+    arguments,
+    call,
+    edit_config,
+    plan,
+    project_copy,
+    small_notebook,
+    snakemake,
+)
 from made_up_results import write_latency, write_photo_run, write_run
-from safetensors.torch import load_file
 
 from spade.config import config_names, load_config
-from spade.finetuning import read_state
 from spade.runs import Run, run_key
 from spade.tables import collect, read_runs
 from spade.workflow import damaged_files, demo_reports, estimate, forget_damaged, paper_reports, paper_runs
 
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-EXPERIMENTS = Path("nbs") / "experiments"
-
-
-def arguments(out: Path | str, config: str = "smoke", **options: str) -> list[str]:
-    """Of Snakemake, for a configuration and results in `out`."""
-    settings = {"results": out, "acquisitions": f"{out}/acquisitions", **options}
-    named = [f"{name}={value}" for name, value in settings.items()]
-    return ["--configfile", f"config/{config}.yaml", "--config", *named, "--cores", "1", "--nocolor"]
-
-
-def snakemake(*what: str) -> str:
-    """What `snakemake` prints. In this process, because importing torch would take most of the time."""
-    from snakemake import cli
-
-    logger, handler = logging.getLogger("snakemake.logging"), logging.StreamHandler(io.StringIO())
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logger.addHandler(handler)
-        try:
-            code = cli.main(list(what))
-        except SystemExit as end:
-            code = end.code
-        finally:
-            logger.removeHandler(handler)
-        gc.collect()  # a refused workflow leaves a temporary folder to the collector, which warns of it
-    return f"{handler.stream.getvalue()}\nended with {int(code or 0)}"
-
-
-def plan(*what: str) -> dict[str, int]:
-    """Jobs by rule of a dry run; students are of two rules, of which one starts first, and counted together."""
-    printed = snakemake(*what, "-n", "--quiet", "rules")
-    assert printed.endswith("ended with 0"), printed[-3000:]
-    found = Counter()
-    for rule, count in dict(re.findall(r"^(\w[\w-]*) +(\d+)$", printed, re.M)).items():  # printed twice
-        found[rule.removesuffix("_longest")] += int(count)
-    return dict(found)
-
-
-def call(*what: str, python: Path | str = sys.executable, **settings: object) -> subprocess.CompletedProcess:
-    """`snakemake` in a process of its own."""
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    return subprocess.run([python, "-m", "snakemake", *what], env=ENVIRONMENT, **output, **settings)
-
-
-def started(*what: str) -> subprocess.Popen:
-    """`snakemake` in a process of its own, which a test kills."""
-    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen([sys.executable, "-m", "snakemake", *what], env=ENVIRONMENT, **pipe)
-
-
-def wait_for(batch: subprocess.Popen, happened: Callable[[], object]) -> None:
-    """Return as soon as something has happened, which it must before the batch ends."""
-    while not happened():
-        assert batch.poll() is None, batch.stderr.read()[-3000:]
-        time.sleep(0.01)
-
-
-def small_notebook(name: str, cell: str) -> None:
-    """Replace an experiment by a notebook with the same parameters and one cell, without imports that take long."""
-    cells = nbformat.read(EXPERIMENTS / f"{name}.ipynb", as_version=4).cells
-    parameters = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(cell)], metadata=kernel)
-    nbformat.write(notebook, EXPERIMENTS / f"{name}.ipynb")
-
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A copy of what the batch reads, so that a test can change it; the present folder, with a blank in its path."""
-    copy_project(folder := tmp_path / "a project")
-    monkeypatch.chdir(folder)
-    return folder
+    return project_copy(tmp_path, monkeypatch)
 
 
 # Which jobs
@@ -216,20 +143,6 @@ def test_acquisitions_of_the_user_are_not_taken_for_photographs(project):
 
 
 # What a change runs again
-
-
-def edit_config(key: str, value: object, name: str = "smoke") -> None:
-    """Change one setting of a configuration of the present project."""
-    path = Path("config") / f"{name}.yaml"
-    settings = json.loads(
-        json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")))
-    )  # an alias of YAML would change everywhere
-    *parents, last = key.split(".")
-    section = settings
-    for part in parents:
-        section = section.setdefault(part, {})
-    section[last] = value
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
 @pytest.fixture
@@ -351,110 +264,6 @@ def test_results_of_a_clone_are_shown_but_count_as_not_made(project):
     )
     with pytest.raises(FileNotFoundError):
         collect("outputs/demo")
-
-
-# Failures and kills
-
-
-def test_a_failing_job_names_notebook_parameters_and_cell_and_the_others_go_on(project):
-    small_notebook("figure_7", "image = open('no such image')")
-    small_notebook("figure_5", "from pathlib import Path\nPath(f'{target}.png').touch()")
-    for name in ("pretrain", "finetune"):
-        small_notebook(name, "pass")
-    done = call(
-        *("figure_6", "figure_5", "--set-threads", "finetune=1", "finetune_longest=1"),
-        *(*arguments("out", results="out"), "--cores", "2"),
-    )
-    printed = done.stdout
-    assert done.returncode == 1 and "run_notebook.py nbs/experiments/figure_7.ipynb" in printed, printed[-3000:]
-    assert "config: smoke" in printed and "network: deq" in printed, "its parameters"
-    assert 'Exception encountered at "In [3]"' in printed and "image = open('no such image')" in printed
-    assert Path("out/figure_5.png").is_file() and not Path("out/figure_6.png").exists()
-    assert Path("out/notebooks/figure_6.ipynb").is_file(), "the executed notebook of the failure is kept"
-
-
-def test_a_notebook_cut_by_a_full_disk_ends_only_its_own_job(project):
-    """A limit to the size of a file cuts the executed notebook as a full disk does."""
-    small_notebook("figure_1", "from pathlib import Path\nPath(f'{target}.png').touch()\nprint('x' * 9_000_000)")
-    small_notebook("latency", "from pathlib import Path\nPath(out, 'latency', f'{network}.csv').touch()")
-    command = ["figure_1", "out/latency/varnet.csv", *arguments("out", results="out")]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
-    done = call(*command, preexec_fn=limit)
-    assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stdout, done.stdout[-3000:]
-    assert Path("out/latency/varnet.csv").is_file() and not Path("out/notebooks/figure_1.done").exists()
-    with pytest.raises(ValueError):
-        json.loads(Path("out/notebooks/figure_1.ipynb").read_text(encoding="utf-8"))
-    done = call("figure_1", *command[2:])
-    assert done.returncode == 0 and Path("out/notebooks/figure_1.done").is_file(), done.stdout[-3000:]
-
-
-def test_a_batch_killed_twice_ends_with_the_same_metrics_and_a_damaged_run_is_made_again(project):
-    """SIGKILL of Snakemake, papermill and kernel: after some epochs of the teacher; after the student's `result.json`
-    and before its `done`. Then a changed bit in the student's metrics."""
-    edit_config("networks.varnet.pretraining", {"steps": 60, "learning_rate": 1e-3, "checkpoint_every": 4})
-    runs = [Run("varnet"), Run("varnet", 6, 0.40, "school")]
-    target = lambda out: (f"{out}/runs/{runs[1].name}/done", "--rerun-incomplete")
-    command = lambda out: (*target(out), *arguments(out, acquisitions="acquisitions"))
-    teacher, student = (project / "out" / "runs" / run.name for run in runs)
-
-    batch = started(*command("out"))
-    wait_for(batch, lambda: list(teacher.glob("state/*/training.safetensors")))
-    kill_family(batch)
-    (state,) = teacher.glob("state/*/training.safetensors")
-    (teacher / "run.ipynb").write_text('{"cells": [', encoding="utf-8")
-    made = read_state(state)[1]["log"]["seconds"]
-    assert 4 <= len(made) < 60 and not (teacher / "done").exists() and not (teacher / "result.json").exists()
-
-    assert snakemake("--unlock", *command("out")).endswith("ended with 0")
-    batch = started(*command("out"))
-    wait_for(batch, (student / "result.json").is_file)
-    kill_family(batch)
-    assert (teacher / "done").is_file() and not state.exists() and not (student / "done").exists()
-    curve = pd.read_csv(teacher / "curve.csv")
-    again = "not trained again"
-    assert len(curve) == 60 and curve["seconds"][: len(made)].tolist() == pytest.approx(made, rel=1e-4), again
-
-    written = {path: path.stat().st_mtime_ns for folder in (teacher, student) for path in folder.glob("*.[jns]*")}
-    assert snakemake("--unlock", *command("out")).endswith("ended with 0")
-    assert call(*command("out")).returncode == 0 and (student / "done").is_file()
-    kept = {path for path in written if path.suffix != ".ipynb"}
-    assert len(kept) >= 6 and all(path.stat().st_mtime_ns == written[path] for path in kept), again
-
-    assert call(*command("whole")).returncode == 0
-    for run in runs:
-        metrics = [pd.read_csv(project / out / "runs" / run.name / "metrics.csv") for out in ("out", "whole")]
-        pd.testing.assert_frame_equal(*metrics)
-        cells = nbformat.read(project / "whole" / "runs" / run.name / "run.ipynb", as_version=4).cells
-        printed = [output.get("text", "") for cell in cells for output in cell.get("outputs", [])]
-        assert printed and not any("\r" in text for text in printed), "no progress bar"
-
-    metrics, weights = (student / "metrics.csv").read_bytes(), load_file(student / "network.safetensors")
-    (student / "metrics.csv").write_bytes(metrics.replace(b"psnr", b"psns", 1))
-    done = call(*command("out"))
-    assert done.returncode == 0 and f"{student / 'metrics.csv'} must be as it was written" in done.stdout
-    assert (student / "metrics.csv").read_bytes() == metrics, "made again"
-    assert all(
-        torch.equal(tensor, weights[name]) for name, tensor in load_file(student / "network.safetensors").items()
-    )
-    assert plan(*command("out")) == {}
-
-
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv is Linux's")
-def test_no_job_outlives_a_killed_snakemake(project):
-    """SIGKILL of Snakemake alone: a job that trained on would do so beside the next batch."""
-    small_notebook("figure_1", "from pathlib import Path; import time\nPath('begun').touch(); time.sleep(300)")
-    command = [sys.executable, "-m", "snakemake", "figure_1", *arguments("out")]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as batch:
-        while not Path("begun").is_file():
-            assert batch.poll() is None
-            time.sleep(0.1)
-        family = psutil.Process(batch.pid).children(recursive=True)
-        assert any("ipykernel" in " ".join(process.cmdline()) for process in family)
-        os.kill(batch.pid, signal.SIGKILL)
-        left = psutil.wait_procs(family, timeout=20)[1]
-        for process in left:
-            process.kill()
-    assert not left
 
 
 # Time, GPUs, make

@@ -69,7 +69,8 @@ class Lines(logging.Handler):
             self.manager = None
 
     def say(self, *parts: str) -> None:
-        print("  ".join(filter(None, parts)), file=self.stream, flush=True)
+        self.stream.write("  ".join(filter(None, parts)) + "\n")  # print writes the end of the line apart
+        self.stream.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.mute()

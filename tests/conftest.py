@@ -30,3 +30,11 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A copy of what the batch reads, so that a test can change it; the present folder, with a blank in its path."""
+    from batches import project_copy  # it imports notebooks' libraries, which other tests do without
+
+    return project_copy(tmp_path, monkeypatch)

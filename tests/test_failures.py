@@ -15,28 +15,12 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from batches import (
-    ENVIRONMENT,
-    arguments,
-    call,
-    edit_config,
-    plan,
-    project_copy,
-    small_notebook,
-    snakemake,
-    started,
-    wait_for,
-)
+from batches import ENVIRONMENT, arguments, call, edit_config, plan, small_notebook, snakemake, started, wait_for
 from faults import kill_family
 from safetensors.torch import load_file
 
 from spade.finetuning import read_state
 from spade.runs import Run
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
-    return project_copy(tmp_path, monkeypatch)
 
 
 def test_a_failing_job_names_notebook_parameters_and_cell_and_the_others_go_on(project):

@@ -14,30 +14,13 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from batches import (
-    ENVIRONMENT,
-    EXPERIMENTS,
-    ROOT,
-    arguments,
-    call,
-    edit_config,
-    plan,
-    project_copy,
-    small_notebook,
-    snakemake,
-)
+from batches import ENVIRONMENT, EXPERIMENTS, ROOT, arguments, call, edit_config, plan, small_notebook, snakemake
 from made_up_results import write_latency, write_photo_run, write_run
 
 from spade.config import config_names, load_config
 from spade.runs import Run, run_key
 from spade.tables import collect, read_runs
 from spade.workflow import damaged_files, demo_reports, estimate, forget_damaged, paper_reports, paper_runs
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
-    return project_copy(tmp_path, monkeypatch)
-
 
 # Which jobs
 

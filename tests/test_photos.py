@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import convolve
 
 import spade.data.kernels
-from spade.basics import loader
+from spade.basics import loader, seeded
 from spade.data.photos import (
     MeasurementCrops,
     PhotoCrops,
@@ -25,7 +25,7 @@ from spade.data.photos import (
     read_photo,
 )
 from spade.operators import Bicubic, BlurDownsample
-from spade.y_channel import matlab_resize
+from spade.y_channel import matlab_resize, reduced_batch
 
 KERNELS = spade.data.kernels.test_kernels(size=9)
 
@@ -442,19 +442,64 @@ def test_training_accepts_the_three(folder):
 
 @pytest.mark.parametrize("scale", (2, 3, 4))
 def test_bicubic_measurements_are_matlabs_8_bits(folder, scale):
-    """Photographs and crops: cut to a multiple of the scale, reduced and rounded, with `Bicubic` as operator."""
+    """Photographs are cut to a multiple of the scale, reduced and rounded, with `Bicubic` as operator."""
     data = Photographs(find_photos(folder), (scale,), degradation="bicubic")
     crops = PhotoCrops(find_photos(folder), 6, crop=25, scales=scale, degradation="bicubic")
     for part, size in ((data, 1), (crops, 3)):
         for batch in loader(part, size):
             assert isinstance(batch.A, Bicubic) and batch.A.scale == scale
             for y, x in zip(batch.y, batch.x):
+                rim = slice(None) if part is data else slice(2, -2)  # a crop's edges are not the photograph's
                 image = (255 * x).round().to(torch.uint8)
-                assert torch.equal(matlab_resize(image, 1 / scale) / 255, y)
+                difference = (matlab_resize(image, 1 / scale) / 255 - y)[:, rim, rim].abs().max()
+                assert difference <= (0 if part is data else 1.01 / 255)  # turned: columns are reduced before rows
     sides = [data.shape(i)[1:] for i in range(len(data))]
     assert sides == [tuple(side // scale for side in read_photo(path).shape[1:]) for path in find_photos(folder)]
     again = PhotoCrops(find_photos(folder), 6, crop=25, scales=scale, degradation="bicubic")
     assert torch.equal(crops[5]["y"], again[5]["y"]) and "x" not in data.measurements()[0]
+
+
+def oriented(image, orientation):
+    mirrored, turns = divmod(orientation, 4)
+    turned = torch.rot90(image, turns, dims=(-2, -1))
+    return turned.flip(-1) if mirrored else turned
+
+
+@pytest.mark.parametrize("scale, crop", ((2, 26), (3, 25), (4, 40)))
+def test_a_bicubic_crop_is_a_window_of_the_whole_reduced_photograph(folder, scale, crop):
+    """Its edges are mirrored only where they are those of the photograph; `x` is the window at the same place."""
+    crops, side = PhotoCrops(find_photos(folder), 40, crop, scale, degradation="bicubic"), crop // scale * scale
+    edges = set()
+    for item in crops:
+        photo = read_photo(folder / item["file"])
+        whole = reduced_batch(photo, scale).y[0]
+        rows, columns = (range(0, extent // scale * scale - side + 1, scale) for extent in photo.shape[1:])
+        found = [
+            (top, left, orientation)
+            for top in rows
+            for left in columns
+            for orientation in range(8)
+            if torch.equal(oriented(photo[:, top : top + side, left : left + side], orientation), item["x"])
+        ]
+        ((top, left, orientation),) = found
+        low = [slice(start // scale, (start + side) // scale) for start in (top, left)]
+        assert torch.equal(oriented(whole[:, low[0], low[1]], orientation), item["y"])
+        edges |= {("top", top == 0), ("bottom", top == rows[-1]), ("left", left == 0), ("right", left == columns[-1])}
+    assert len(edges) == 8, "crops at each edge of a photograph, and away from it"
+
+
+def test_crops_with_kernels_and_noise_are_those_of_usrnets_training(folder):
+    """To the last bit: file, place, orientation, kernel, noise level and noise are drawn in this order."""
+    files = find_photos(folder)
+    for i, item in enumerate(PhotoCrops(files, 40, crop=36, seed=3)):
+        draw, scale = seeded("crop", 3, i), (1, 2, 3, 4)[i % 4]
+        side, below = 36 // scale * scale, lambda stop: int(torch.randint(stop, (), generator=draw))
+        photo = read_photo(files[below(len(files))])
+        top, left = below(photo.shape[1] - side + 1), below(photo.shape[2] - side + 1)
+        x = oriented(photo[:, top : top + side, left : left + side], below(8)).contiguous()
+        kernel, noise = spade.data.kernels.random_kernel(draw), 0.02 * torch.rand((), generator=draw).item()
+        assert torch.equal(item["x"], x) and torch.equal(item["kernel"][0], kernel) and item["noise"] == noise
+        assert torch.equal(item["y"], degrade(x, kernel, scale, noise, draw)) and item["x"].is_contiguous()
 
 
 def test_measuring_leaves_the_global_generator_alone(folder):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'EMBEDDED', 'open_photo', 'read_photo', 'photo_size', 'find_photos', 'embedded_photos',
            'check_photo_files', 'check_scales', 'check_room', 'as_kernels', 'degrade', 'kernels_for', 'collate_photos',
-           'Photographs', 'Crops', 'PhotoCrops', 'preimage', 'MeasurementCrops']
+           'Photographs', 'Crops', 'oriented_part', 'reduced_part', 'PhotoCrops', 'preimage', 'MeasurementCrops']
 
 # %% ../../nbs/data/25_photographs.ipynb #c003
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -249,6 +249,24 @@ class Crops(Dataset):
         return made
 
 # %% ../../nbs/data/25_photographs.ipynb #c035
+def oriented_part(image: Tensor, corner: Sequence[int], side: int, orientation: int) -> Tensor:
+    """The square of an image `(C, H, W)` at `corner`, (row, column), in orientation 0 to 7."""
+    (top, left), (mirrored, turns) = corner, divmod(orientation, 4)
+    part = torch.rot90(image[:, top : top + side, left : left + side], turns, dims=(-2, -1))
+    return (part.flip(-1) if mirrored else part).contiguous()
+
+
+def reduced_part(photo: Tensor, corner: Sequence[int], side: int, scale: int, orientation: int = 0) -> Tensor:
+    """The square of `oriented_part` in the 8-bit reduction of the whole photograph, `(3, side / scale, ...)`.
+
+    It is reduced with a margin that the cubic kernel does not cross; corner and side are multiples of the scale."""
+    margin, sizes = 3 * scale, [extent // scale * scale for extent in photo.shape[-2:]]
+    first = [max(start - margin, 0) for start in corner]
+    last = [min(start + side + margin, size) for start, size in zip(corner, sizes)]
+    y = reduced_batch(photo[:, first[0] : last[0], first[1] : last[1]], scale).y[0]
+    return oriented_part(y, [(a - b) // scale for a, b in zip(corner, first)], side // scale, orientation)
+
+# %% ../../nbs/data/25_photographs.ipynb #c037
 class PhotoCrops(Crops):
     """Random crops of photographs with random kernels, noise and orientation."""
 
@@ -284,23 +302,22 @@ class PhotoCrops(Crops):
         below = lambda stop: int(torch.randint(stop, (), generator=generator))
         file = self.files[below(len(self.files))]
         photo = self.remembered(file, read_photo)
-        top, left = below(photo.shape[1] - side + 1), below(photo.shape[2] - side + 1)
-        mirrored, turns = divmod(below(8), 4)
-        x = torch.rot90(photo[:, top : top + side, left : left + side], turns, dims=(-2, -1))
-        x = (x.flip(-1) if mirrored else x).contiguous()
+        step = scale if self.degradation == "bicubic" else 1
+        corner = [step * below((extent - side) // step + 1) for extent in photo.shape[-2:]]
+        x = oriented_part(photo, corner, side, orientation := below(8))
         about = dict(x=x, scale=scale, file=file.name, subject=file.stem, slice=i)
         if self.degradation == "bicubic":
-            return about | dict(y=reduced_batch(x, scale).y[0], noise=0.0)
+            return about | dict(y=reduced_part(photo, corner, side, scale, orientation), noise=0.0)
         kernel = random_kernel(generator) if self.kernels is None else self.kernels[below(len(self.kernels))]
         noise = self.noise[0] + (self.noise[1] - self.noise[0]) * torch.rand((), generator=generator).item()
         return about | dict(y=degrade(x, kernel, scale, noise, generator), kernel=kernel[None], noise=noise)
 
-# %% ../../nbs/data/25_photographs.ipynb #c038
+# %% ../../nbs/data/25_photographs.ipynb #c040
 def preimage(y: Tensor, A: BlurDownsample, weight: float = 1e-4) -> Tensor:
     """An image that `A` maps to `y`, close to `y` with each pixel repeated; `weight` is the data step's α."""
     return A.proximal(y.repeat_interleave(A.scale, -2).repeat_interleave(A.scale, -1), y, weight)
 
-# %% ../../nbs/data/25_photographs.ipynb #c043
+# %% ../../nbs/data/25_photographs.ipynb #c045
 class MeasurementCrops(Crops):
     """Measurements of random square parts of what `photographs` measure; references are not used.
 

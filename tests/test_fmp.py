@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from spade.fmp import fmp_numbers
 from spade.fmp_runs import (
@@ -16,6 +17,8 @@ from spade.fmp_runs import (
     FmpSettings,
     criteria_runs,
     fmp_costs,
+    fmp_files,
+    fmp_milliseconds,
     fmp_network,
     fmp_run_folder,
     fmp_table,
@@ -23,15 +26,15 @@ from spade.fmp_runs import (
     make_fmp_run,
     method_runs,
     read_fmp_runs,
+    readable_fmp_table,
     uniform_width,
 )
 from spade.meta_pruning import CRITERIA
 from spade.pruning import count_macs, count_parameters
 
-TINY = FmpSettings(
-    arguments=dict(features=12, num_blocks=1, tail="direct"),
-    steps=30, search_steps=10, check_every=2, batch_size=2, crop=12, side=48, limit=1, targets=(0.3,), seeds=(0,),
-)  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
+TINY_STEPS = dict(steps=30, search_steps=10, check_every=2, batch_size=2, crop=12, targets=(0.3,), seeds=(0,))
+TINY = FmpSettings(arguments=dict(features=12, num_blocks=1, tail="direct"), side=48, limit=1, **TINY_STEPS)
 
 
 def test_printed_numbers_with_and_without_misprints():
@@ -102,18 +105,66 @@ def test_non_zero_costs_are_counted_by_hand():
     costs = fmp_costs(network, TINY)
     assert costs["params_dense"] - costs["params"] == 27 + 27
     assert costs["flops_dense"] == count_macs(network, torch.zeros(1, 3, 64, 64))
-    assert costs["flops_dense"] - costs["flops"] == 27 * 64**2 + 27 * 128**2 and costs["milliseconds"] > 0
+    assert costs["flops_dense"] - costs["flops"] == 27 * 64**2 + 27 * 128**2
 
 
-def test_the_workflow_plans_every_run_of_the_demo():
-    """Four criteria in two metrics, of which one run is a method's, too; three tables and a figure."""
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "snakemake", "demo_edsr-sr", "-n", "--quiet", "rules", "--cores", "1"]
-    command += ["--configfile", "config/smoke.yaml", "--config", "results=outputs/nowhere"]
-    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8")
+@pytest.mark.parametrize("missing", ("BSDS500_train", "Set14", "B100"))
+def test_a_missing_folder_is_named_with_its_place_before_the_first_step(tmp_path, missing, monkeypatch):
+    """The profile `sr`, in a folder with the user's copies but one."""
+    settings = load_fmp("sr")
+    assert settings.train == "data/sr/BSDS500_train" and list(settings.test) == ["Set5", "Set14", "B100"]
+    for name in {"BSDS500_train", "Set5", "Set14", "B100"} - {missing}:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / name / "a.png")
+    place = lambda folder: str(tmp_path / Path(folder).name)
+    test = {name: tuple(map(place, folders)) for name, folders in settings.test.items()}
+    settings = settings.model_copy(update=TINY_STEPS | {"train": place(settings.train), "test": test})
+    sentence = f"{tmp_path / missing} must be a folder, got none: put or link your copy there (data/README.md)."
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(sentence)}$"):
+        make_fmp_run(FmpRun("unpruned", 0.0), settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / missing).mkdir()
+    with pytest.raises(FileNotFoundError, match="must hold an image .*, got none: put or link your copy there"):
+        fmp_files(settings)
+    Image.new("RGB", (64, 64)).save(tmp_path / missing / "b.png")
+    assert {name: len(files) for name, files in fmp_files(settings).items()} == {
+        "": 1,
+        "Set5": 1,
+        "Set14": 1,
+        "B100": 1,
+    }
+
+
+def test_times_are_measured_in_turns_and_tables_are_readable(tmp_path):
+    runs = [FmpRun("unpruned", 0.0), FmpRun("fmp", 0.3)]
+    for run in runs:
+        make_fmp_run(run, TINY, tmp_path)
+    found = read_fmp_runs(tmp_path)
+    times = fmp_milliseconds(found, TINY, tmp_path)
+    assert list(found["run"]) == ["fmp-0.30-total-flops-seed0", "unpruned-seed0"] and len(times) == 2 and min(times) > 0
+    table = fmp_table(found.assign(milliseconds=times), runs)
+    shown = readable_fmp_table(table, TINY)
+    assert list(shown["network"]) == ["unpruned", "FMP 30 % total, flops"] and "milliseconds" in shown
+    assert shown.loc[0, ["Kept %", "Kept dense %"]].tolist() == [100, 100]
+    assert shown.loc[1, "Kept %"] < shown.loc[1, "Kept dense %"] < 100
+    assert 30 <= shown.loc[1, ["FLOPs γ_C %", "FLOPs γ_W %"]].sum() < 60
+    assert {"PSNR scikit-image", "PSNR bicubic scikit-image", "SSIM scikit-image"} <= set(shown)
+
+
+def dry_run(target: str, config: str) -> dict[str, str]:
+    """The jobs of a target in an empty folder of results, by rule."""
+    command = [sys.executable, "-m", "snakemake", target, "-n", "--quiet", "rules", "--cores", "1"]
+    command += ["--configfile", f"config/{config}.yaml", "--config", "results=outputs/nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
-    jobs = dict(re.findall(r"(?m)^(\S+) +(\d+)$", done.stdout + done.stderr))
-    settings = load_fmp("smoke")
+    return dict(re.findall(r"(?m)^(\S+) +(\d+)$", done.stdout + done.stderr))
+
+
+@pytest.mark.parametrize("target, config, count", (("demo_edsr-sr", "smoke", 13), ("fmp", "sr", 23)))
+def test_the_workflow_plans_every_run(target, config, count):
+    """Four criteria in two metrics, and the methods; three tables, a figure and their page. `sr`: without its data."""
+    jobs, settings = dry_run(target, config), load_fmp(config)
     runs = {run.name for run in [*criteria_runs(settings), *method_runs(settings)]}
-    assert jobs["fmp_run"] == str(len(runs)) == "13"
-    assert all(jobs[name] == "1" for name in ("fmp_table_2", "fmp_table_3", "fmp_table_4", "fmp_figure_1"))
+    assert jobs["fmp_run"] == str(len(runs)) == str(count)
+    reports = ("fmp_table_2", "fmp_table_3", "fmp_table_4", "fmp_figure_1", "fmp_page", target)
+    assert all(jobs[name] == "1" for name in reports) and len(jobs) == len(reports) + 2

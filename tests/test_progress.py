@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,37 @@ def test_the_quality_of_a_run(out):
     assert quality(record_of) == "27.67 dB"
     record_of.write_text("{", encoding="utf-8")
     assert quality(record_of) == ""
+
+
+def test_a_batch_of_the_second_paper(tmp_path):
+    """Its runs are in fmp/runs; their records have a row per picture, and the page is fmp.md."""
+    folder = tmp_path / "fmp" / "runs" / "l1-0.40-seed0"
+    folder.mkdir(parents=True)
+    scores = [{"image": name, "psnr": value} for name, value in (("a", 33.0), ("b", 34.5))]
+    (folder / "result.json").write_text(json.dumps({"method": "l1", "scores": scores}), encoding="utf-8")
+    lines = Lines(tmp_path, "demo", stream=io.StringIO())
+    stats = {"fmp_run": 2, "fmp_table_3": 1, "fmp_page": 1, "demo_edsr-sr": 1, "total": 5}
+    lines.emit(record("RUN_INFO", stats=stats))
+    lines.emit(record("JOB_INFO", jobid=0, rule_name="fmp_run", wildcards={"fmp": "l1-0.40-seed0"}))
+    lines.emit(record("JOB_FINISHED", job_id=0))
+    lines.emit(record("PROGRESS", done=1, total=5))
+    lines.last(True)
+    assert lines.stream.getvalue().splitlines() == [
+        f"demo: trainings 2, tables and figures 1, in {tmp_path}.",
+        "start  l1-0.40-seed0",
+        "[1/5] l1-0.40-seed0  0 s  33.75 dB",
+        f"Done in 0 s.  Open {tmp_path / 'fmp.md'}.  Next: make paper CONFIG=demo.",
+    ]
+
+
+def test_a_table_of_the_second_paper_shows_quality_and_size(tmp_path):
+    head = "part,network,steps,PSNR Set5,SSIM Set5,PSNR bicubic Set5,Kept %,Kept dense %"
+    path = tmp_path / "fmp_table_3.csv"
+    path.write_text(
+        f'{head}\nmethods,"FMP 40 % total, flops",2000,33.20716,0.93,32.02,59.8712,70.1\n', encoding="utf-8"
+    )
+    *_, row = narrow(path).splitlines()
+    assert re.split("  +", row) == ["methods", "FMP 40 % total, flops", "33.21", "32.02", "59.87", "70.1"]
 
 
 TABLES = sorted((ROOT / "outputs" / "demo").glob("table_*.csv"))

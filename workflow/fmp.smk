@@ -12,6 +12,10 @@ if (HERE / "config" / "fmp" / f"{CONFIG.name}.yaml").is_file():
         values = {"method": run.method, "target": run.target, "criterion": run.criterion, "metric": run.metric}
         return as_yaml(values | {"seed": run.seed, "steps": run.steps, "config": CONFIG.name, "out": OUT})
 
+    def fmp_report(name, kind):
+        labels = {name.split("_")[1].capitalize(): name.split("_")[2], "file": kind}
+        return report(f"{OUT}/{name}.{kind}", caption="report/fmp.rst", category="Second paper", labels=labels)
+
     rule fmp_run:
         wildcard_constraints:
             fmp="|".join(FMP_RUNS),
@@ -28,22 +32,35 @@ if (HERE / "config" / "fmp" / f"{CONFIG.name}.yaml").is_file():
         resources: gpu=GPU
         shell: CALL
 
+    # As for the first paper, the `.done` beside the notebook says that a table was made here: a clone has the tables.
     for FMP_NAME, FMP_KINDS in FMP_REPORTS.items():
 
         rule:
             name: FMP_NAME
             input: [f"{OUT}/fmp/runs/{run}/done" for run in FMP_RUNS] if FMP_NAME != "fmp_table_2" else []
-            output: [f"{OUT}/{FMP_NAME}.{kind}" for kind in FMP_KINDS]
+            output:
+                [fmp_report(FMP_NAME, kind) for kind in FMP_KINDS],
+                touch(f"{OUT}/notebooks/{FMP_NAME}.done"),
             log: notebook=f"{OUT}/notebooks/{FMP_NAME}.ipynb"
             params:
                 launcher=PLAIN,
                 notebook=FMP_NAME,
                 parameters=as_yaml({"config": CONFIG.name, "out": OUT}),
                 key=content_key(FMP.model_dump(mode="json")),
+            threads: ALONE if FMP_NAME == "fmp_table_3" else 1  # it measures time
             shell: CALL
+
+    rule fmp_page:
+        input: [f"{OUT}/notebooks/{name}.done" for name in FMP_REPORTS]
+        output: touch(f"{OUT}/notebooks/fmp.done")
+        params: key=content_key(FMP.model_dump(mode="json"))
+        run:
+            from spade.fmp_runs import write_fmp_page
+
+            write_fmp_page(FMP, OUT)
 
     for FMP_TARGET in ("fmp", f"demo_{FMP.network}"):
 
         rule:
             name: FMP_TARGET
-            input: [f"{OUT}/{name}.{kinds[0]}" for name, kinds in FMP_REPORTS.items()]
+            input: f"{OUT}/notebooks/fmp.done"

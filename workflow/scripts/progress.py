@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-RUNS = ("pretrain", "finetune", "finetune_longest")  # rules with a notebook per run
+RUNS = ("pretrain", "finetune", "finetune_longest", "fmp_run")  # rules with a notebook per run
 LATER = 3600  # seconds after which durations are given in hours
 
 
@@ -31,9 +31,12 @@ def quality(record: Path) -> str:
     """The mean PSNR of a run on its test images, `29.92 dB`; empty without a record."""
     try:
         result = json.loads(record.read_text(encoding="utf-8"))
-        run = result["run"]
-        name = re.escape(f"{run['network']} {run['strategy']}".strip())
-        found = [value for key, value in result["means"].items() if re.fullmatch(rf"{name}( x\d+)? psnr", key)]
+        if "scores" in result:  # of the second paper: a row per picture
+            found = [row["psnr"] for row in result["scores"]]
+        else:
+            run = result["run"]
+            name = re.escape(f"{run['network']} {run['strategy']}".strip())
+            found = [value for key, value in result["means"].items() if re.fullmatch(rf"{name}( x\d+)? psnr", key)]
         return f"{sum(found) / len(found):.2f} dB"
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return ""
@@ -90,9 +93,11 @@ class Lines(logging.Handler):
 
     def on_job_info(self, record: logging.LogRecord) -> None:
         wildcards = record.wildcards or {}
-        name = wildcards.get("run") or " ".join([record.rule_name, *map(str, wildcards.values())])
+        run = wildcards.get("run") or wildcards.get("fmp")
+        name = run or " ".join([record.rule_name, *map(str, wildcards.values())])
         known = record.jobid in self.jobs  # a second try
-        self.jobs[record.jobid] = (name, time.time(), bool(wildcards.get("run")))
+        folder = self.out / "fmp" if "fmp" in wildcards.keys() else self.out
+        self.jobs[record.jobid] = (name, time.time(), folder / "runs" / name / "result.json" if run else None)
         self.say("start", name, "again" if known else "")
 
     def on_job_finished(self, record: logging.LogRecord) -> None:
@@ -102,8 +107,8 @@ class Lines(logging.Handler):
         """After each finished job: its line."""
         for job in self.finished:
             self.count += 1
-            name, start, is_run = self.jobs.get(job, (f"job {job}", time.time(), False))
-            found = quality(self.out / "runs" / name / "result.json") if is_run else ""
+            name, start, result = self.jobs.get(job, (f"job {job}", time.time(), None))
+            found = quality(result) if result else ""
             self.say(f"[{self.count}/{record.total}] {name}", duration(time.time() - start), found)
         self.finished = []
 
@@ -125,16 +130,17 @@ class Lines(logging.Handler):
         folder = self.out / self.demo()
         tables = sorted(folder.glob("table_*.md"))
         page = folder / "index.md" if "index" in self.rules else tables[0] if tables else folder
+        page = self.out / "fmp.md" if "fmp_page" in self.rules else page
         following = "make docs shows them as a website." if "index" in self.rules else "Next: make paper CONFIG=demo."
         self.say(f"Done in {took}.", f"Open {page}.", following)
 
 
 def narrow(path: Path, width: int = 100) -> str:
-    """A table's own PSNR and speed-up as text of at most `width` columns, from its .csv file."""
+    """A table's own PSNR, speed-up and kept shares as text of at most `width` columns, from its .csv file."""
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = list(csv.reader(file))
     ours = [i for i, name in enumerate(header) if "(paper)" not in name]
-    wanted = ours[:2] + [i for i in ours[2:] if re.match(r"PSNR|Speed-up|Δ", header[i])]
+    wanted = ours[:2] + [i for i in ours[2:] if re.match(r"PSNR|Speed-up|Δ|Kept", header[i])]
     text = lambda value: f"{float(value):.2f}" if re.fullmatch(r"-?\d+\.\d{3,}", value) else value
     cells = [[text(row[i]) if i < len(row) else "" for i in wanted] for row in rows]
     heads = [["PSNR", header[i][5:]] if header[i].startswith("PSNR ") else ["", header[i]] for i in wanted]

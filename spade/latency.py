@@ -8,6 +8,7 @@ __all__ = ['Clock', 'synchronize', 'seconds_of', 'num_threads', 'device_name', '
            'growth']
 
 # %% ../nbs/12_latency.ipynb #c004
+import os
 import platform
 import re
 import statistics
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 
 from .basics import evaluating
 from .operators import BlurDownsample, LinearOperator, MultiCoilMRI, equispaced_mask, normalize_maps
@@ -205,11 +208,12 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    from torch.distributed._tools.mem_tracker import MemTracker  # takes a second
-
-    with MemTracker() as tracker:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports its start on standard error
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
         call()
-    return int(tracker.get_tracker_snapshot("peak").get(device, {}).get("Total", 0))
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]  # set by the context
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate((change for _, change in changes), initial=0))
 
 # %% ../nbs/12_latency.ipynb #c061
 def growth(

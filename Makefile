@@ -7,7 +7,7 @@
 # make lab     JupyterLab on the notebooks
 #
 # Choices:  NETWORK=deq|varnet|e2e-varnet|usrnet|edsr-sr  CONFIG=demo|gpu|... (config/*.yaml)  TARGETS="table_1 figure_3"  CORES=2  GPUS=0
-#           ARGUMENTS="--config acceleration=8": further options of Snakemake
+#           ARGUMENTS="--config acceleration=8": further options of Snakemake, or of JupyterLab: ARGUMENTS="--no-browser --allow-root"
 #           TORCH=cpu|cuda|cu126|cu130|...: the build of torch that the first `make` installs; without it, or with cuda, the package index's
 
 SHELL := /bin/bash
@@ -28,9 +28,13 @@ TORCH ?= cuda
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Snakemake keeps a cache in the home: where that cannot be written, it is in the checkout
+# Snakemake, IPython, Jupyter and matplotlib keep files in the home: where that cannot be written, they are in the checkout
 ifeq ($(shell test -w "$$HOME" && echo yes),)
 export XDG_CACHE_HOME ?= $(CURDIR)/.snakemake/cache
+export IPYTHONDIR ?= $(CURDIR)/.snakemake/ipython
+export JUPYTER_CONFIG_DIR ?= $(CURDIR)/.snakemake/jupyter
+export JUPYTER_DATA_DIR ?= $(CURDIR)/.snakemake/jupyter
+export MPLCONFIGDIR ?= $(CURDIR)/.snakemake/matplotlib
 endif
 # The package index has one build of a version of torch: on Linux with an Intel or AMD processor that for CUDA, 5.2 GB with its libraries. Builds
 # for the CPU (1.5 GB), or another CUDA, are in PyTorch's own index, under cpu, cu126, cu130, ... A version that is installed stays.
@@ -49,7 +53,7 @@ $(error CONFIG must be one of $(basename $(notdir $(wildcard config/*.yaml))), g
 endif
 $(if $(filter cpu cuda cu1% rocm% xpu,$(TORCH)),,$(error TORCH must be cpu, cuda or a build of PyTorch's index such as cu126, got $(TORCH)))
 $(if $(filter $(NETWORK),varnet deq e2e-varnet usrnet edsr-sr),,$(error NETWORK must be one of varnet deq e2e-varnet usrnet edsr-sr, got $(NETWORK)))
-$(if $(filter-out all fmp fmp_table_2 fmp_table_3 fmp_table_4 fmp_figure_1 demo_% outputs/% /% figure_steps $(addprefix table_,1 2 3 4 5 6) $(addprefix figure_,1 2 3 4 5 6 7 8),$(TARGETS)),$(error TARGETS must be all, table_1 ... table_6, figure_1 ... figure_8, figure_steps or demo_<network>, got $(TARGETS)))
+$(if $(filter-out all fmp fmp_table_2 fmp_table_3 fmp_table_4 fmp_figure_1 demo_% outputs/% /% figure_steps $(addprefix table_,1 2 3 4 5 6) $(addprefix figure_,1 2 3 4 5 6 7 8),$(TARGETS)),$(error TARGETS must be all, table_1 ... table_6, figure_1 ... figure_8, figure_steps, fmp, fmp_table_2 ... fmp_table_4, fmp_figure_1 or demo_<network>, got $(TARGETS)))
 
 demo: $(VENV)/.installed
 	$(BIN)/snakemake demo_$(NETWORK) $(OPTIONS)
@@ -72,13 +76,16 @@ docs: $(VENV)/.installed-dev
 	@rm -rf jupyter_execute; echo "Open _site/index.html"
 
 lab: $(VENV)/.hooks
-	$(BIN)/python -m jupyter lab nbs/index.ipynb
+	$(BIN)/python -m jupyter lab --ServerApp.root_dir=. nbs/index.ipynb $(ARGUMENTS)
 
-# Once: git merges notebooks cell by cell and trusts them after a pull, by the nbdev of this environment.
+# Once: git merges notebooks cell by cell (.gitattributes) and trusts them after a pull, by the nbdev of this environment. nbdev_install_hooks
+# would write into ~/.jupyter, too, and replace a hook of the user.
 $(VENV)/.hooks: $(VENV)/.installed-dev
-	@if git rev-parse --git-dir >/dev/null 2>&1; then \
-		$(BIN)/nbdev_install_hooks && git config merge.nbdev-merge.driver '$(abspath $(BIN))/nbdev_merge %O %A %B %P' && \
-		sed -i 's|^nbdev_trust|$(abspath $(BIN))/nbdev_trust|' "$$(git rev-parse --git-path hooks)/post-merge"; \
+	@if hooks=$$(git rev-parse --git-path hooks 2>/dev/null); then \
+		git config merge.nbdev-merge.driver '"$(abspath $(BIN))/nbdev_merge" %O %A %B %P' && mkdir -p "$$hooks"; \
+		if [ ! -e "$$hooks/post-merge" ]; then \
+			printf '#!/bin/sh\nexec "%s"\n' '$(abspath $(BIN))/nbdev_trust' >"$$hooks/post-merge" && chmod +x "$$hooks/post-merge"; \
+		fi; \
 	fi
 	@touch $@
 

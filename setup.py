@@ -35,6 +35,8 @@ class Build(build_py):
     """Copies what a checkout has beside the package into its assets."""
 
     def run(self) -> None:
+        if not self.editable_mode:  # an older build/ would put removed modules into the wheel
+            shutil.rmtree(Path(self.build_lib, "spade"), ignore_errors=True)
         super().run()
         if not self.editable_mode:
             for path in sorted({path for pattern in SHIPPED for path in ROOT.glob(pattern) if path.is_file()}):

@@ -103,7 +103,8 @@ def write_api(app):
     names = [name for name in names if name not in ("spade", "spade.data")]
     for name in names:
         directive = f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n   :show-inheritance:\n```\n"
-        (folder / f"{name}.md").write_text(f"# {name}\n\n{directive}", encoding="utf-8")
+        title = name.replace("__", r"\_\_")  # which Markdown would take for bold letters
+        (folder / f"{name}.md").write_text(f"# {title}\n\n{directive}", encoding="utf-8")
     listed = "\n".join(names)
     text = f"# Functions and classes\n\nOne page for each module.\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n"
     (folder / "index.md").write_text(text, encoding="utf-8")

@@ -9,11 +9,11 @@ import torch
 
 
 def pytest_configure(config):
-    """Where the home cannot be written, Snakemake and IPython write to a folder that is removed at the end."""
+    """Where the home cannot be written, what programs keep there is in a folder that is removed at the end."""
     if not os.access(Path.home(), os.W_OK):
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
-        for name in ("XDG_CACHE_HOME", "IPYTHONDIR"):
+        for name in ("XDG_CACHE_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "MPLCONFIGDIR"):
             os.environ.setdefault(name, folder.name)
 
 

@@ -101,6 +101,8 @@ def test_each_notebook_and_module_has_a_page_and_directives_are_not_shown(site):
 def test_a_function_is_documented_with_the_comments_beside_its_parameters(site):
     text = (site / "docs" / "api" / "spade.pruning.html").read_text(encoding="utf-8")
     assert "pre-defined ratio in (0, 1)" in text and "not modified" in text
+    listed = (site / "docs" / "api" / "index.html").read_text(encoding="utf-8")
+    assert ">spade.__main__</a>" in listed and ">Notebooks in order</a>" in listed, "names as they are written"
 
 
 def test_every_page_is_shown_without_an_error_on_a_screen_and_on_a_phone(site):

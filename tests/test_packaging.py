@@ -3,12 +3,17 @@
 import configparser
 import email
 import importlib.metadata
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -190,6 +195,16 @@ def test_the_wheel_carries_modules_configurations_experiments_and_the_workflow(b
     assert {"spade/py.typed", "spade/assets/config/demo.yaml", "spade/assets/workflow/Snakefile"} <= set(packed)
 
 
+def test_a_module_that_was_removed_is_not_in_the_next_build(built):
+    """Setuptools takes what lies in build/ as it is."""
+    removed = built / "library" / "spade" / "removed.py"
+    removed.parent.mkdir(parents=True)
+    removed.touch()
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(built / "library")]
+    done = subprocess.run(command, cwd=built / "source", capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and (removed.parent / "pruning.py").is_file() and not removed.exists(), done.stderr
+
+
 def test_the_sdist_holds_what_its_tests_need(built):
     (path,) = built.glob("spade_mbdl-*.tar.gz")
     with tarfile.open(path) as archive:
@@ -355,8 +370,85 @@ def test_make_installs_the_chosen_build_of_torch(choice, expected, tmp_path):
     assert "TORCH must be cpu, cuda or a build" in refused.stderr
 
 
-def interpreters(settings: dict) -> list[str]:
-    """The other Pythons of the classifiers that are on this machine."""
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_make_installs_gits_hooks_for_notebooks_and_writes_nothing_else(tmp_path):
+    """In a path with a blank: a merge goes through nbdev_merge, and what was pulled is trusted by nbdev_trust."""
+    project, home = tmp_path / "a project", tmp_path / "home"
+    (project / ".venv" / "bin").mkdir(parents=True)
+    home.mkdir()
+    for name in ("Makefile", "config", "constraints.txt", ".gitattributes"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, project / name)
+    for name, ends in (("nbdev_merge", 'cat "$3" > "$2"'), ("nbdev_trust", "exit 0")):
+        (project / ".venv/bin" / name).write_text(f'#!/bin/sh\necho {name} "$@" >>called\n{ends}\n', encoding="utf-8")
+        (project / ".venv/bin" / name).chmod(0o755)
+    variables = {**os.environ, "HOME": str(home), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+
+    def command(*what: str) -> None:
+        done = subprocess.run(what, cwd=project, env=variables, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, (what, done.stdout, done.stderr)
+
+    def commit(text: str) -> None:
+        (project / "a.ipynb").write_text(text, encoding="utf-8")
+        command("git", "add", ".gitattributes", "a.ipynb")
+        command("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", text)
+
+    command("git", "init", "-qb", "main")
+    commit("base")
+    command("git", "checkout", "-qb", "theirs")
+    commit("theirs")
+    command("git", "checkout", "-q", "main")
+    commit("ours")
+    command("make", "-o", ".venv/.installed-dev", ".venv/.hooks")
+    command("git", "-c", "user.name=a", "-c", "user.email=a@b", "merge", "-q", "--no-edit", "theirs")
+    called = (project / "called").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[0] for line in called] == ["nbdev_merge", "nbdev_trust"] and "a.ipynb" in called[0]
+    assert (project / "a.ipynb").read_text(encoding="utf-8") == "theirs" and not list(home.iterdir())
+    hook = project / ".git" / "hooks" / "post-merge"
+    hook.write_text("of the user", encoding="utf-8")
+    command("make", "-B", "-o", ".venv/.installed-dev", ".venv/.hooks")
+    assert hook.read_text(encoding="utf-8") == "of the user"
+
+
+def test_make_lab_serves_the_notebooks(tmp_path):
+    """The page that the browser opens is the list of the notebooks, whose links lead to the results, too."""
+    folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    folders["BROWSER"] = "true"  # a command that does nothing
+    virtual = os.path.relpath(sys.prefix, ROOT)  # make takes no blank in it
+    choices = [f"VENV={virtual}", "ARGUMENTS=--allow-root --ServerApp.port=0"]
+    command = ["make", "-o", f"{virtual}/.hooks", "lab", *choices]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | folders, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        while not (found := list(tmp_path.glob("RUNTIME/jpserver-file-to-run-*-open.html"))):
+            assert server.poll() is None, log.read_text(encoding="utf-8")
+            time.sleep(0.2)
+        assert "/lab/tree/nbs/index.ipynb?token=" in found[0].read_text(encoding="utf-8")
+        (file,) = tmp_path.glob("RUNTIME/jpserver-*.json")
+        facts = json.loads(file.read_text(encoding="utf-8"))
+
+        def fetch(path: str) -> bytes:
+            while True:
+                try:
+                    return urllib.request.urlopen(f"{facts['url']}{path}?token={facts['token']}", timeout=300).read()
+                except urllib.error.URLError as error:  # before it listens
+                    assert server.poll() is None and isinstance(error.reason, ConnectionRefusedError), error
+                    time.sleep(0.2)
+
+        assert "started" in json.loads(fetch("api/status"))
+        assert b"JupyterLab" in fetch("lab/tree/nbs/index.ipynb")
+        cells = json.loads(fetch("api/contents/nbs/index.ipynb"))["content"]["cells"]
+        assert "](../outputs/demo/table_1.md)" in "".join("".join(cell["source"]) for cell in cells)
+        assert json.loads(fetch("api/contents/outputs/demo/table_1.md"))["type"] == "file"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=300)
+
+
+def interpreters(settings: dict) -> dict[str, str]:
+    """The other Pythons of the classifiers that are on this machine, by version."""
     found, here = {}, f"{sys.version_info.major} {sys.version_info.minor}"
     for version in settings["python_versions"].split():
         pyenv = Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")
@@ -365,7 +457,7 @@ def interpreters(settings: dict) -> list[str]:
             printed = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip()
             if printed == version.replace(".", " ") != here:
                 found[version] = str(path)
-    return list(found.values())
+    return found
 
 
 def test_the_modules_compile_and_the_light_part_runs_on_each_python_of_this_machine(settings, tmp_path):
@@ -379,9 +471,121 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    for python in interpreters(settings):
+    for python in interpreters(settings).values():
         done = subprocess.run([python, "-S", "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8")
         assert done.stdout == "No module named 'torch'\n", (python, done.stdout, done.stderr)
+
+
+LITTLE_STUDENT = """
+import torch, spade
+from spade.basics import Batch
+from spade.examples import brain
+from spade.models import VarNet
+torch.set_num_threads(1)
+torch.manual_seed(0)
+teacher, batch = VarNet(num_cascades=2, channels=4, num_pools=2), Batch(*brain(), {})
+student = spade.prune(teacher, 0.4)
+losses = spade.finetune(student, [batch], "school", teacher, steps=4, learning_rate=1e-3, progress=False).losses
+again = spade.load(spade.save(student, "student")).eval()
+with torch.no_grad():
+    assert torch.equal(again(batch.y, batch.A), student.eval()(batch.y, batch.A))
+print(*losses, sum(p.numel() for p in again.parameters()))
+"""
+
+
+def with_core(version: str, python: str, wheel: zipfile.ZipFile, folder: Path) -> str:
+    """The Python of an environment with spade's core, as pip installs it; a skip where torch has no wheel for it.
+
+    `SPADE_PYTHON_3_13=/path/to/bin/python` names one that holds the core's requirements already."""
+    if named := os.environ.get(f"SPADE_PYTHON_{version.replace('.', '_')}"):
+        return named
+    (pin,) = re.findall(r"(?m)^torch==\S+", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    install = ("-m", "pip", "install", "--quiet", "--no-compile", "--retries", "0", "--timeout", "20", f"{pin}+cpu")
+    install += ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
+    asked = ("--dry-run", "--no-deps", "--only-binary", ":all:", "--python-version", version, "--target", str(folder))
+    found = subprocess.run([sys.executable, *install, *asked], capture_output=True, encoding="utf-8")
+    if found.returncode:  # the package index has the build for CUDA only: 5 GB with its libraries
+        reason = next((line for line in found.stderr.splitlines() if line.startswith("ERROR")), "")
+        pytest.skip(f"no wheel of {pin}+cpu for Python {version} here. {reason}")
+    subprocess.run([python, "-m", "venv", folder], check=True)
+    pins = ("-c", str(ROOT / "constraints.txt"))
+    command = [folder / "bin" / "python", *install, *pins, wheel.filename]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return str(folder / "bin" / "python")
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_the_core_prunes_fine_tunes_saves_and_loads_on_another_python(version, settings, wheel, tmp_path):
+    """The losses are those of this Python, and the tests of the networks pass."""
+    named = os.environ.get(f"SPADE_PYTHON_{version.replace('.', '_')}")
+    if not (found := named or interpreters(settings).get(version)):
+        pytest.skip(f"no Python {version} on this machine")
+    python = with_core(version, found, wheel, tmp_path / "environment")
+    tools = {}  # pytest and what it needs is pure Python
+    for name in ("pytest", "pluggy", "iniconfig", "packaging", "pygments"):
+        tools[name] = importlib.metadata.distribution(name)
+    variables = environment(tmp_path / "site", wheel, tools)
+    run_with = lambda *what: subprocess.run(what, cwd=tmp_path, env=variables, capture_output=True, encoding="utf-8")
+    printed = [run_with(each, "-W", "ignore", "-c", LITTLE_STUDENT) for each in (python, sys.executable)]
+    assert not any(done.returncode for done in printed), [done.stderr[-2000:] for done in printed]
+    theirs, ours = ([float(number) for number in done.stdout.split()] for done in printed)
+    assert theirs == pytest.approx(ours, rel=1e-3) and len(ours) == 5
+    done = run_with(
+        python, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider", ROOT / "tests/test_models.py"
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+# The container
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
+    """Of a Dockerfile: their names and arguments, continued lines joined, comments left out."""
+    lines = re.sub(r"(?m)^\s*#.*\n", "", text).replace("\\\n", " ").splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]
+
+
+def in_context(name: str, patterns: list[str]) -> bool:
+    """Whether Docker sends this file of the checkout, by the patterns of .dockerignore that it may use here."""
+    as_regex = lambda p: re.escape(p).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*") + "(/.*)?"
+    return not any(re.fullmatch(as_regex(pattern), name) for pattern in patterns)
+
+
+def test_the_dockerfile_copies_what_is_there_and_installs_what_make_knows(settings, tmp_path):
+    """It cannot be built here: its instructions are read, and `make` is asked in the folder that it would send."""
+    parsed = instructions((ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    assert [name for name, _ in parsed] == ["FROM", "ARG", "RUN", "WORKDIR", "COPY", "RUN", "ENV", "CMD"]
+    (base, argument, system, workdir, copied, install, variable, command) = (text for _, text in parsed)
+    assert re.fullmatch(r"python:([\d.]+)-slim", base)[1] in settings["python_versions"].split()
+    assert {"make", "util-linux"} <= set(
+        system.split()
+    ) and "rm -rf /var/lib/apt/lists" in system  # setpriv is of the latter
+    assert copied == ". ." and variable == f"PATH={workdir}/.venv/bin:$PATH"
+
+    patterns = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert not any(pattern.startswith("!") for pattern in patterns)
+    tracked = [path.relative_to(ROOT).as_posix() for name in SOURCES for path in (ROOT / name).rglob("*")]
+    tracked += [path.name for path in ROOT.iterdir() if path.is_file()]
+    tracked = [name for name in tracked if (ROOT / name).is_file() and "__pycache__" not in name]
+    left_out = [name for name in tracked if not in_context(name, patterns)]
+    assert not [name for name in left_out if not name.startswith((".git", "data/"))], left_out
+    for name in tracked:
+        if name.startswith("config/") or "/" not in name:
+            (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+
+    default = argument.removeprefix("TORCH=")
+    assert argument != default and install.startswith("make install TORCH=$TORCH &&")
+    cuda = re.search(r"--build-arg TORCH=(\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"))[1]
+    for build in (default, cuda):
+        done = subprocess.run(
+            ["make", "-n", "install", f"TORCH={build}"], cwd=tmp_path, capture_output=True, encoding="utf-8"
+        )
+        assert done.returncode == 0 and f"+{build} --extra-index-url" in done.stdout, done.stderr
+        assert "'.[batch]'" in done.stdout and settings["batch_requirements"]
+    target = re.fullmatch(r'\["make", "(\w+)"\]', command)[1]
+    assert re.search(rf"(?m)^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"))
 
 
 # The pages

@@ -278,12 +278,12 @@ def read_fmp_runs(out: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def fmp_milliseconds(runs: pd.DataFrame, settings: FmpSettings, out: str | Path) -> list[float]:
-    """Median time of the network of each run for 64 × 64 pixels; the networks take turns on one CPU thread."""
+def fmp_milliseconds(runs: pd.DataFrame, scale: int, out: str | Path, **others: nn.Module) -> list[float]:
+    """Median time for 64 × 64 pixels of the network of each run, then of others: in turns, on one CPU thread."""
     files = {run: resolve(out) / "fmp" / "runs" / run / "network.safetensors" for run in runs["run"]}
-    networks = {run: checkpoint.load(path) for run, path in files.items()}
-    A, y = Bicubic(settings.scale), torch.zeros(1, 3, 64, 64)
-    return [1e3 * float(seconds) for seconds in measure_latency(networks, y, A, repeats=9, threads=1)["seconds"]]
+    networks: dict[str, Any] = {run: checkpoint.load(path) for run, path in files.items()} | others
+    times = measure_latency(networks, torch.zeros(1, 3, 64, 64), Bicubic(scale), repeats=9, threads=1)
+    return [1e3 * float(seconds) for seconds in times["seconds"]]
 
 
 def fmp_table(runs: pd.DataFrame, rows: list[FmpRun]) -> pd.DataFrame:
@@ -307,17 +307,21 @@ HEADINGS |= {"kept": "Kept %", "kept_dense": "Kept dense %", "search_steps": "se
 
 
 def readable_fmp_table(table: pd.DataFrame, settings: FmpSettings) -> pd.DataFrame:
-    """A table of `fmp_table` with names and headings for readers; kept parameters in percent of the unpruned ones."""
+    """A table of `fmp_table` with names and headings for readers, first bicubic interpolation.
+
+    "Kept" are non-zero parameters in percent of the unpruned ones, "dense" those that are stored and multiplied."""
     with torch.device("meta"):
         whole = count_parameters(fmp_network(settings))
     names = {"fmp": "FMP", "channels": "channels only", "small": "narrow from scratch"}
-    searched = lambda row: f" {row.criterion}, {row.metric}" if row.method in ("fmp", "channels") else ""
+    searched = lambda row: {"fmp": f" {row.criterion}, {row.metric}"}.get(row.method, "")
     share = lambda row: f" {100 * row.target:.0f} %" if row.target else ""
     labels = [f"{names.get(r.method, r.method)}{share(r)}{searched(r)}" for r in table.itertuples()]
-    shown = table.drop(columns=["method", "criterion", "metric", "target"], errors="ignore")
-    shown.insert(len([name for name in ("part",) if name in shown]), "network", labels)
-    shown = shown.assign(kept=100 * table["params"] / whole, kept_dense=100 * table["params_dense"] / whole)
-    quality = lambda name: name.replace("psnr", "PSNR").replace("ssim", "SSIM").replace("_bicubic", " bicubic")
+    kept = {"kept": 100 * table["params"] / whole, "kept_dense": 100 * table["params_dense"] / whole}
+    shown = table.drop(columns=["method", "criterion", "metric", "target"]).assign(**kept)
+    shown.insert(int("part" in shown), "network", labels)
+    cubic = {name.replace("_bicubic", ""): shown.pop(name).mean() for name in list(shown) if "_bicubic " in name}
+    shown = pd.concat([pd.DataFrame([{"network": "bicubic"} | cubic]), shown])[list(shown)].reset_index(drop=True)
+    quality = lambda name: name.replace("psnr", "PSNR").replace("ssim", "SSIM")
     return shown.rename(columns=lambda name: HEADINGS.get(name) or quality(name))
 
 

@@ -84,6 +84,23 @@ def test_too_little_memory_is_named_before_the_first_step(monkeypatch):
         meta_prune(small_edsr(features=32), photos(), target=0.4, **QUICK)
 
 
+def test_indicators_start_as_normal_numbers_or_ones():
+    for start, spread in (("normal", 1.0), ("ones", 0.0)):
+        search = SearchNetwork(small_edsr(), MetaPruning(indicators=start))
+        values = torch.cat([generator.indicators.flatten() for generator in search.generators])
+        assert values.std() == pytest.approx(spread, abs=0.03) and values.mean() == pytest.approx(1 - spread, abs=0.03)
+
+
+def test_masks_at_the_end_alone_would_change_the_network():
+    """As in DHP: the biases of the hypernetwork keep the kernels of dead channels away from zero."""
+    search, _ = searched(small_edsr(), steps=40)
+    y = torch.rand(1, 3, 20, 17, generator=seeded("y"))
+    assert not search.alive.all() and (materialise(search)(y) - search(y)).abs().max() <= 1e-5
+    unmasked = copy.deepcopy(search)
+    unmasked.alive[:] = True
+    assert (unmasked(y) - search(y)).abs().max() > 1e-3
+
+
 def test_the_channels_before_a_shuffle_share_a_number():
     spaces = find_spaces(small_edsr(scale=3, tail="sub-pixel"))
     rows = spaces.axes["layers.2.weight"][0].tolist()

@@ -47,7 +47,7 @@ if (HERE / "config" / "fmp" / f"{CONFIG.name}.yaml").is_file():
                 notebook=FMP_NAME,
                 parameters=as_yaml({"config": CONFIG.name, "out": OUT}),
                 key=content_key(FMP.model_dump(mode="json")),
-            threads: ALONE if FMP_NAME == "fmp_table_3" else 1  # it measures time
+            threads: ALONE if FMP_NAME in ("fmp_table_3", "fmp_table_4") else 1  # they measure time
             shell: CALL
 
     rule fmp_page:

@@ -9,50 +9,32 @@ stage ("before" or "after" fine-tuning); settings and provenance are in OUT/NETW
 
 import argparse
 import copy
-import csv
 import time
-from pathlib import Path
 
 import torch
+from compare_common import Comparison, Table, common_options
 
-from spade import checkpoint
-from spade.config import load_config
-from spade.files import write_json
 from spade.finetuning import finetune
 from spade.importance import Random, Taylor
 from spade.metrics import evaluate
 from spade.pruning import prune
-from spade.runs import Run, datasets, file_checksum, find_teacher, provenance, training_of
 
 METHODS = [  # importance, scope, cuts
     *[(name, "local", 1) for name in ("l1", "random", "taylor", "l2", "fpgm")],
     *[(name, "global", 1) for name in ("l1", "taylor", "lamp")],
     ("l1", "local", 2),
 ]
-COLUMNS = "network importance scope cuts updates seed stage psnr ssim parameters macs seconds".split()
+COLUMNS = "network importance scope cuts updates seed stage psnr ssim parameters macs seconds"
 
 
 def arguments() -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--network", default="varnet")
+    parser = common_options(__doc__, steps=24, learning_rate=2e-3, out="outputs/importance")
     parser.add_argument("--ratio", type=float, default=0.40)
-    parser.add_argument("--steps", type=int, default=24, help="updates of Adam per student")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--rows", type=int, default=None, help="image rows that a step sees")
-    parser.add_argument("--train", type=int, default=24, help="training slices")
-    parser.add_argument("--test", type=int, default=12, help="test slices")
     parser.add_argument("--only", nargs="*", help="some methods, such as l1-local-1 lamp-global-1")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data", default="", help="folder of the demo's acquisitions")
-    parser.add_argument("--out", type=Path, default=Path("outputs/importance"))
     return parser.parse_args()
-
-
-def evenly(dataset, count: int) -> list:
-    """`count` batches of one slice, evenly spread over a dataset."""
-    chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().int().tolist()
-    return [dataset.collate([dataset[i]]) for i in chosen]
 
 
 def pruned(teacher, name: str, scope: str, cuts: int, seed: int, train: list, options, removed: float, tune):
@@ -67,35 +49,25 @@ def pruned(teacher, name: str, scope: str, cuts: int, seed: int, train: list, op
 def main() -> None:
     """Run all students that have no row yet, seed by seed."""
     options, began = arguments(), time.time()
-    torch.set_num_threads(1)
-    config, run = load_config("demo"), Run(options.network, 6, options.ratio, "supervised")
-    source = find_teacher(run, config, teacher="shipped")
-    teacher, splits = checkpoint.load(source), datasets(config, run, options.data, progress=False)
-    train, test = evenly(splits["train"], options.train), evenly(splits["test"], options.test)
-    loss = training_of(config, run).loss
-    settings = dict(learning_rate=options.learning_rate, schedule="cosine", warmup=4, clip=1.0, loss=loss)
+    common = Comparison.prepare(options, options.ratio)
+    teacher, train, test, settings = common.teacher, common.train, common.test, common.settings
     settings |= dict(rows=options.rows) if options.rows else {}
-    path = options.out / "importance.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-    done = {tuple(row[:7]) for row in csv.reader(path.open(encoding="utf-8"))}
+    table = Table(options.out / "importance.csv", COLUMNS)
+    done = table.keys(7)
     score = lambda network: evaluate(network, test, progress=False)[["psnr", "ssim"]].mean()
 
     def note(key: tuple, stage: str, network, macs: int, seconds: float) -> None:
         psnr, ssim = score(network)
         row = [*key, stage, f"{psnr:.4f}", f"{ssim:.5f}", sum(p.numel() for p in network.parameters()), macs]
-        with path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([*row, f"{seconds:.1f}"])
+        row.append(f"{seconds:.1f}")
+        table.append([row])
         print(f"{time.time() - began:.0f} s", *row, flush=True)
 
     student = prune(teacher, options.ratio, check=False)
     removed = 1 - student.pruning_report.macs_after / student.pruning_report.macs_before
     report = student.pruning_report
-    facts = {name: getattr(options, name) for name in ("network", "ratio", "steps")} | {"settings": settings}
-    facts |= {"train_slices": len(train), "test_slices": len(test), "macs_before": report.macs_before}
-    facts |= {"macs_removed": removed, "teacher": source.name, "teacher_sha256": file_checksum(source)}
-    write_json(options.out / f"{options.network}-{options.steps}.json", facts | provenance(script=Path(__file__).name))
+    counts = dict(macs_before=report.macs_before, macs_removed=removed)
+    common.write_facts(options.out / f"{options.network}-{options.steps}.json", __file__, ratio=options.ratio, **counts)
     if (options.network, "teacher", "", "0", "0", "0", "after") not in done:
         note((options.network, "teacher", "", 0, 0, 0), "after", teacher, student.pruning_report.macs_before, 0.0)
     for seed in range(options.seeds):

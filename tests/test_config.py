@@ -214,6 +214,19 @@ def test_a_wrong_setting_is_refused_by_its_full_name(tmp_path, changes, message)
         ("photos", None, "section photos is missing, which networks.usrnet needs"),
         ("data", None, "section data is missing, which networks.deq needs"),
         ("data.seeed", 5, "data: unknown key 'seeed'"),
+        ("data.folder", "", "data.folder: String should have at least 1 character"),
+        (
+            "networks.varnet.arguments.cascades",
+            2,
+            "networks.varnet.arguments: unknown key 'cascades': choose one of num_cascades",
+        ),
+        ("networks.varnet.arguments.num_cascades", "2", "arguments.num_cascades must be a valid integer, got '2'"),
+        ("networks.varnet.arguments.num_cascades", 0, "num_cascades must be greater than or equal to 1, got 0"),
+        ("networks.varnet.arguments.num_cascades", 2.0, "num_cascades must be a valid integer, got 2.0"),
+        ("networks.varnet.arguments.channels", True, "arguments.channels must be a number, got True"),
+        ("networks.varnet.arguments.align", "no", "arguments.align must be a valid boolean, got 'no'"),
+        ("networks.deq.arguments.alpha", "half", "networks.deq.arguments.alpha must be a valid number, got 'half'"),
+        ("networks.usrnet.arguments.widths", [8, 8, "8", 8], "arguments.widths.2 must be a valid integer, got '8'"),
     ],
 )
 def test_a_value_out_of_range_is_refused_in_one_sentence_with_its_key(key, value, expected):
@@ -289,6 +302,13 @@ def line(text: str) -> int:
         (SMOKE.replace("threads: 1", "threads: 2024-01-01"), "threads must be a valid integer, got '2024-01-01'"),
         (SMOKE.replace("threads: 1", "threads: 1:30"), "threads must be a valid integer, got '1:30'"),
         (SMOKE.replace("threads: 1", "threads: yes"), "threads must be a number, got True"),
+        (SMOKE.replace("threads: 1", "threads: 2000"), "threads must be less than or equal to 1024, got 2000"),
+        (SMOKE.replace("threads: 1", "threads: 1" + 30 * "0"), "threads: Unable to parse .* exceeded maximum size"),
+        (SMOKE.replace("threads: 1", "threads: 1" + 5000 * "0"), "threads must be a .* number, got inf"),
+        (
+            SMOKE.replace("arguments: {num_cascades: 2", "arguments: &a {z: *a, num_cascades: 2", 1),
+            "networks.varnet.arguments: unknown key 'z': choose one of num_cascades",
+        ),
         (f"{SMOKE}name: demo\n", "name must be the name of the file, 'odd', or missing, got 'demo'"),
         (f"{SMOKE}name:\n", "name must be the name of the file, 'odd', or missing, got None"),
     ],

@@ -138,6 +138,8 @@ def test_kspace_of_another_kind_is_refused(acquisition, tmp_path, value):
         (np.zeros(128, dtype=[("a", "f4")]), "hold numbers, got array"),
         ("hello", "hold numbers, got b'hello'"),
         (h5py.Empty("f"), "hold numbers, got Empty"),
+        (np.linspace(0, 1, 128), "hold 0 and one other number, got 127 others, such as 0.00787"),
+        (np.arange(128) % 3 - 1, "hold 0 and one other number, got 2 others, such as -1"),
         (1, r"have 128 columns, got shape \(\)"),
         (np.ones((1, 1, 128)), r"have 128 columns, got shape \(1, 1, 128\)"),
     ],
@@ -491,6 +493,58 @@ def test_zeros_in_a_heap_of_text_do_not_stop_a_reader_for_ever(foreign, tmp_path
     assert ended == "noticed"
     with pytest.raises(ValueError, match=r"text in .*damaged.h5 is damaged: zeros in the heap of HDF5. Copy the file"):
         read_volume_header(damaged)
+
+
+def written(path: Path, source: Path, write: Callable[[h5py.File, np.ndarray], object]) -> Path:
+    """A file with the header of another one and the k-space that `write` makes of its k-space."""
+    with h5py.File(source) as whole, h5py.File(path, "w") as file:
+        file["ismrmrd_header"] = whole["ismrmrd_header"][()]
+        file.attrs.update(acquisition="AXT2", patient_id="anna")
+        write(file, whole["kspace"][()])
+    return path
+
+
+def test_kspace_that_lies_in_other_files_is_read_or_refused(acquisition, tmp_path):
+    def one_file_a_coil(file, kspace):
+        layout = h5py.VirtualLayout(kspace.shape, kspace.dtype)
+        for coil in range(kspace.shape[1]):
+            with h5py.File(tmp_path / f"coil{coil}.h5", "w") as part:
+                part["k"] = kspace[:, coil]
+            layout[:, coil] = h5py.VirtualSource(f"coil{coil}.h5", "k", shape=kspace[:, coil].shape)
+        file.create_virtual_dataset("kspace", layout)
+
+    def raw_numbers(file, kspace):
+        (tmp_path / "kspace.raw").write_bytes(kspace.tobytes())
+        place = [(str(tmp_path / "kspace.raw"), 0, kspace.nbytes)]
+        file.create_dataset("kspace", kspace.shape, kspace.dtype, external=place)
+
+    (folder := tmp_path / "odd").mkdir()
+    for write, other in ((one_file_a_coil, "coil2.h5"), (raw_numbers, "kspace.raw")):
+        path = written(tmp_path / "odd.h5", acquisition, write)
+        read_volume_header(path)
+        with h5py.File(path) as file, h5py.File(acquisition) as source:
+            assert np.array_equal(file["kspace"][()], source["kspace"][()])
+        content = (tmp_path / other).read_bytes()
+        refusal = f"{other}, to which 'kspace' in .*odd.h5 refers, must exist in full: copy it, too"
+        if other.endswith("raw"):
+            (tmp_path / other).write_bytes(content[:-100])
+            with pytest.raises(ValueError, match=refusal):
+                read_volume_header(path)
+        (tmp_path / other).rename(folder / other)
+        with pytest.raises(ValueError, match=refusal):
+            MultiCoilSlices([path], maps_folder=False)
+
+
+def test_kspace_that_was_never_written_in_full_is_warned_of(acquisition, tmp_path):
+    def three_coils(file, kspace):
+        part = file.create_dataset("kspace", kspace.shape, kspace.dtype, chunks=(1, 1, *kspace.shape[2:]))
+        part[:, :3] = kspace[:, :3]
+
+    path = written(tmp_path / "odd.h5", acquisition, three_coils)
+    with pytest.warns(UserWarning, match="odd.h5: a part of 'kspace' was never written and reads as zeros"):
+        read_volume_header(path)
+    compressed = lambda file, kspace: file.create_dataset("kspace", data=kspace, compression="gzip", shuffle=True)
+    read_volume_header(written(path, acquisition, compressed))
 
 
 def test_damaged_groups_of_foreign_files_are_refused_by_name(foreign, tmp_path):

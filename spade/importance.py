@@ -135,7 +135,7 @@ def as_importance(importance: object) -> Importance:
     if importance == "taylor":
         raise ValueError("importance 'taylor' needs measurements: use importance=spade.importance.Taylor(batches).")
     if isinstance(importance, str):
-        return IMPORTANCES[choose("importance", importance, IMPORTANCES)]
+        return IMPORTANCES[choose("importance", importance, [*IMPORTANCES, "taylor"])]
     if not callable(importance):
         raise TypeError(f"importance must be a function or one of {', '.join(IMPORTANCES)}, got {importance!r:.60}.")
     return importance

@@ -34,6 +34,7 @@ from spade.pruning import (
     Plan,
     Prior,
     PriorDraft,
+    PruningReport,
     count_example,
     count_parameters,
     cut_groups,
@@ -456,6 +457,11 @@ class Preview:
         rows = [(prior.prefix + p.members[0].name, p) for prior in self.draft.priors for p in prior.plans]
         return {name: len(p.members[0].channels) - len(p.lost(p.members[0])) for name, p in rows}
 
+    @property
+    def report(self) -> PruningReport:
+        """The report of the student, without its groups."""
+        return replace(self.draft.report, parameters_after=self.parameters, macs_after=self.macs)
+
     def to_frame(self) -> "pd.DataFrame":
         """One row per group: width before and after, the removed fraction, and a note; then those that stay."""
         import pandas as pd
@@ -473,11 +479,9 @@ class Preview:
         return pd.DataFrame(rows, columns=["group", "before", "after", "removed", "note"])
 
     def __repr__(self) -> str:
-        report, table = (
-            self.draft.report,
-            self.to_frame().to_string(index=False, max_rows=40, float_format="{:.0%}".format),
-        )
-        before, macs = report.parameters_before, report.macs_before / max(self.macs, 1)
+        report, before = self.report, self.report.parameters_before
+        table = self.to_frame().to_string(index=False, max_rows=40, float_format="{:.0%}".format)
+        macs = report.macs_before / max(self.macs, 1)
         asked = "".join(f"{name}={value}; " for name, value in report.asked.items())
         ratio = "" if report.ratio is None else f"ratio {report.ratio:.4g}, "
         numbers = f"parameters {before:,} → {self.parameters:,} (−{1 - self.parameters / before:.0%})"

@@ -73,12 +73,78 @@ def test_each_verb_runs_from_a_folder_without_a_project(folder):
 
 
 @pytest.mark.parametrize(
+    "wishes, expected",
+    (
+        (("--target-params", 0.5), dict(target_params=0.5)),
+        (("--target-macs", 0.5, "--round-to", 2), dict(target_macs=0.5, round_to=2)),
+        (("--ratio", 0.5, "--scope", "global", "--importance", "fpgm"),
+         dict(ratio=0.5, scope="global", importance="fpgm")),
+    ),
+)  # fmt: skip
+def test_pruning_to_a_target_is_the_librarys_and_its_plan_writes_nothing(folder, wishes, expected):
+    before = sorted(path.name for path in folder.iterdir())
+    preview = json.loads(call("prune", "teacher", *wishes, "--plan", "--json").stdout)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    cut = json.loads(call("prune", "teacher", *wishes, "--out", "aimed", "--json").stdout)
+    student = spade.prune(spade.load("teacher"), **expected)
+    saved = spade.load(folder / cut["file"]).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in student.state_dict().items())
+    numbers = ("ratio", "parameters_before", "parameters_after", "macs_before", "macs_after", "asked")
+    assert {name: cut[name] for name in numbers} == {name: preview[name] for name in numbers}
+    assert cut["achieved"] == student.pruning_report.achieved
+    widths = {group["group"]: group["after"] for group in preview["groups"] if group["removed"]}
+    assert widths == {group.name: group.after for group in student.pruning_report.groups}
+    assert "parameters 1," in call("prune", "teacher", *wishes, "--plan").stdout
+
+
+def test_a_speed_up_and_taylors_ranking_are_measured_on_the_data(folder, monkeypatch):
+    from spade import targets
+
+    shapes = []
+
+    def timed(before, after, inputs, device, repeats=5):
+        shapes.append(inputs[0].shape)
+        return 1 / (1 - sum(p.numel() for p in after.parameters()) / sum(p.numel() for p in before.parameters()) / 2)
+
+    monkeypatch.setattr(targets, "speed_up", lambda *a, **k: 3 - timed(*a, **k))
+    done = call("prune", "teacher", "--target-speedup", 1.3, *SCANS, "--out", "fast", "--json")
+    facts = json.loads(done.stdout)
+    assert facts["asked"]["target_speedup"] == 1.3 <= facts["achieved"]["target_speedup"]
+    assert {tuple(shape) for shape in shapes} == {(1, 4, 64, 128)}
+    ranked = call("prune", "teacher", "--ratio", 0.4, "--importance", "taylor", *SCANS, "--out", "ranked", "--json")
+    assert json.loads(ranked.stdout)["parameters_after"] < facts["parameters_before"], ranked.stderr
+
+
+@pytest.mark.parametrize(
     "arguments, sentence",
     (
         (("prnue",), "Did you mean 'prune'?"),
-        (("prune", "teacher.safetensors", "--rati", "0.4"), "Did you mean '--ratio'?"),
+        (("prune", "teacher.safetensors", "--rati", "0.4"), ", '--ratio'?)"),
         (("prune", "teacher.safetensors", "--ratio", "4", "--out", "x"), "ratio must be a number between 0 and 1"),
         (("prune", "missing", "--ratio", "0.4", "--out", "x"), "'missing' does not exist"),
+        (
+            ("prune", "teacher", "--ratio", "0.4"),
+            "--out must be the file of the student unless --plan is given, got none.",
+        ),
+        (
+            ("prune", "teacher", "--out", "x"),
+            "one of --ratio, --target-params, --target-macs, --target-speedup, got none.",
+        ),
+        (
+            ("prune", "teacher", "--ratio", "0.4", "--target-macs", "0.4", "--out", "x"),
+            "got --ratio and --target-macs.",
+        ),
+        (("prune", "teacher", "--target-speedup", "2", "--out", "x"), "--data must be a folder for --target-speedup"),
+        (("prune", "teacher", "--ratio", "0.4", "--importance", "taylor", "--plan"), "--data must be a folder"),
+        (("prune", "teacher", "--ratio", "0.4", "--importance", "tailor", "--plan"), "(did you mean taylor?)"),
+        (("prune", "teacher", "--ratio", "0.4", "--scope", "globl", "--plan"), "(did you mean global?)"),
+        (("prune", "teacher", "--ratio", "0.4", "--round-to", "0", "--out", "x"), "round_to must be a whole number"),
+        (("prune", "teacher", "--ratio", "0.4", "--round-to", "64", "--out", "x"), "round_to must be at most 8"),
+        (("prune", "teacher", "--ratio", "0.4", "--round-to", "2.5", "--out", "x"), "'2.5' is not a valid integer"),
+        (("prune", "teacher", "--target-macs", "1.5", "--out", "x"), "target_macs must be a number between 0 and 1"),
+        (("prune", "teacher", "--target-macs", "0.999", "--out", "x"), "target_macs must be at most 0."),
+        (("prune", "teacher", "--target-mac", "0.4", "--out", "x"), "(Did you mean one of: '--target-macs',"),
+        (("plan", "--ratio", "0.4"), "No such option '--ratio'"),
         (("prune", "hub:missing", "--ratio", "0.4", "--out", "x"), "repo must be owner/name"),
         (("info", "scans/demo_0001.h5"), "demo_0001.h5"),
         (("finetune", "teacher.safetensors", "--data", "scans", "--strategy", "shool", "--out", "x"), "school"),

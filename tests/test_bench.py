@@ -48,13 +48,15 @@ def test_a_side_that_raises_is_a_note_and_the_others_are_measured():
 
 @pytest.mark.parametrize("kind", ["peer", "espirit", "precision", "training"])
 def test_every_kind_of_case_has_times(kind):
-    case = Case(
-        kind, {"espirit": "maps", "precision": "usrnet"}.get(kind, "e2e-varnet"), 0.0, 4 * (kind != "precision")
-    )
+    network = {"espirit": "maps", "precision": "usrnet"}.get(kind, "e2e-varnet")
+    case = Case(kind, network, 0.40 if kind == "training" else 0.0, 4 * (kind != "precision"))
     rows = measure_case(case, CPU, True, 1, time.monotonic() + 300, 1)
     assert [row["seconds"] > 0 for row in rows if not row["note"]], rows
     if kind == "training":
-        assert rows[1]["peak_bytes"] < rows[0]["peak_bytes"]
+        mb = {row["side"]: row["peak_mb"] for row in rows}
+        assert list(mb)[::2] == ["unpruned", "paper's widths", "multiples of 8"]
+        assert all(mb[f"{name}, checkpointing"] < mb[name] for name in list(mb)[::2])
+        assert mb["paper's widths"] < mb["unpruned"] and rows[2]["parameters"] < rows[0]["parameters"]
 
 
 def test_a_missing_library_is_noted(monkeypatch):
@@ -84,6 +86,19 @@ def test_cases_of_a_gpu_come_in_another_order_and_none_is_missing():
     kinds = lambda cases: {(case.kind, case.network, case.ratio) for case in cases}
     assert kinds(on_cpu) == kinds(on_gpu) and on_gpu[0].kind == "precision" and on_cpu[0].kind == "pruned"
     assert {case.batch for case in on_gpu} == {1, 8} and len({tuple(asdict(c).values()) for c in on_gpu}) == len(on_gpu)
+
+
+def test_missing_cases_are_listed_with_minutes_and_nothing_is_measured(tmp_path, capsys, monkeypatch):
+    path = bench.table_path(tmp_path, CPU, False)
+    rows = pd.DataFrame([asdict(Case("pruned", "varnet", 0.40, 8)) | {"side": "unpruned", "seconds": 24.0}])
+    rows.to_csv(path, index=False)
+    monkeypatch.setattr(bench, "run_bench", lambda *arguments: pytest.fail("measured"))
+    bench_command(["--list", "--out", str(tmp_path), "--repeats", "4"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(all_cases(False)) - 1 and last.startswith(f"{len(lines)} cases, about ")
+    assert not any(line.endswith("pruned varnet 0.4 8 1") for line in lines)
+    (same,) = [line for line in lines if line.endswith("pruned varnet 0.05 8 1")]
+    assert float(same.split()[0]) == pytest.approx(5 * 3 * 24 / 60, abs=0.05)  # as on this machine
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PHOTO_NETWORKS', 'STARTS', 'NetworkName', 'StrategyName', 'Pixels', 'Threads', 'NoiseLevel', 'INTEGER', 'FLOAT',
            'YAML_ADVICE', 'LIMITS', 'distinct', 'Simulation', 'Data', 'Sampling', 'Photos', 'Equivariance', 'WarmStart',
-           'NetworkSettings', 'Latency', 'Repair', 'StrictSettings', 'check_arguments', 'Config', 'ConfigLoader',
-           'read_yaml', 'with_override', 'config_names', 'load_config', 'setting_comments', 'in_schema_words',
-           'config_schema']
+           'NetworkSettings', 'Latency', 'Repair', 'check_arguments', 'Config', 'ConfigLoader', 'read_yaml',
+           'with_override', 'config_names', 'load_config', 'setting_comments', 'in_schema_words', 'config_schema']
 
 # %% ../nbs/repro/32_config.ipynb #c003
 import inspect
@@ -146,15 +145,12 @@ class Repair(FrozenSettings):
     before_finetuning: bool = False  # whether students start from the repaired network; the paper's do not
 
 # %% ../nbs/repro/32_config.ipynb #c029
-class StrictSettings(FrozenSettings, strict=True):
-    """The base class of settings that are used as they stand, without conversion."""
-
-
 def check_arguments(network: str, arguments: Mapping[str, Any], name: str = "arguments") -> None:
     """Raise `ValueError` unless the constructor of the network takes these arguments, by name and type."""
     parameters = inspect.signature(NETWORKS[network]).parameters.values()
     fields: dict[str, Any] = {p.name: (Count if p.annotation is int else p.annotation, None) for p in parameters}
-    read_settings(create_model(network, __base__=StrictSettings, **fields), dict(arguments), name)
+    strict = create_model(network, __base__=FrozenSettings, __cls_kwargs__={"strict": True}, **fields)
+    read_settings(strict, dict(arguments), name)
 
 # %% ../nbs/repro/32_config.ipynb #c032
 class Config(FrozenSettings):

@@ -106,11 +106,11 @@ def as_complex(values: np.ndarray) -> Tensor:
 def check_storage(file: h5py.File) -> None:
     """Warn of k-space of which a part was never written; `ValueError` for missing files that it refers to."""
     kspace, folder = file["kspace"], Path(file.filename).parent
-    outside = {name: start + size for name, start, size in kspace.external or ()}
-    outside |= {part.file_name: 1 for part in (kspace.virtual_sources() if kspace.is_virtual else ())}
-    for name, size in outside.items():
+    parts = [part.file_name for part in (kspace.virtual_sources() if kspace.is_virtual else ())]
+    outside = [(name, 0, 1) for name in parts if name != "." and "%" not in name]  # this file, or a pattern
+    for name, start, size in (*outside, *(kspace.external or ())):
         path = folder / name if (folder / name).is_file() else Path(name)
-        if name != "." and "%" not in name and (not path.is_file() or path.stat().st_size < size):
+        if not path.is_file() or path.stat().st_size < start + min(size, kspace.nbytes):
             raise ValueError(f"{name}, to which 'kspace' in {file.filename} refers, must exist in full: copy it, too.")
     if kspace.id.get_space_status() != h5py.h5d.SPACE_STATUS_ALLOCATED:
         warnings.warn(f"{file.filename}: a part of 'kspace' was never written and reads as zeros.", stacklevel=4)

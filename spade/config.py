@@ -37,7 +37,8 @@ PHOTO_NETWORKS: tuple[str, ...] = ("usrnet", "edsr-sr", "esrb")
 STARTS: tuple[str, ...] = ("pruned", "random")  # initial weights of fine-tuning; random ones in Table 3
 NetworkName = Annotated[str, AfterValidator(lambda name: choose("network", name, NETWORKS))]
 StrategyName = Annotated[str, AfterValidator(lambda name: choose("strategy", name, STRATEGIES))]
-Pixels, Threads = Annotated[Whole, Field(ge=16)], Annotated[Whole, Field(ge=1, le=1024)]
+Pixels = Annotated[Whole, Field(ge=16)]
+Threads = Annotated[Whole, Field(ge=1, le=1024)]
 NoiseLevel = Annotated[Real, Field(ge=0, lt=1)]  # standard deviation, for images in [0, 1]
 
 # %% ../nbs/repro/32_config.ipynb #c008

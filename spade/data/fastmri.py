@@ -230,7 +230,7 @@ def file_mask(volume: Volume) -> Tensor:
         values, name = dataset_of(file, "mask")[()], f"the mask in {volume.path}"
     if not isinstance(values, (np.ndarray, np.generic)) or values.dtype.kind not in "biuf" or np.isnan(values).any():
         raise ValueError(f"{name} must hold numbers, got {values!r:.60}.")
-    if len(found := np.unique(values[values != 0])) > 1:
+    if len(found := np.unique(np.asarray(values)[values != 0])) > 1:
         raise ValueError(f"{name} must hold 0 and one other number, got {len(found)} others, such as {found[0]:.3g}.")
     mask, shape = torch.as_tensor(values != 0), tuple[int, ...](values.shape)
     if len(shape) not in (1, 2) or shape[-1] != volume.columns:

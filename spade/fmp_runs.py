@@ -279,7 +279,7 @@ def read_fmp_runs(out: str | Path) -> pd.DataFrame:
 
 
 def fmp_milliseconds(runs: pd.DataFrame, scale: int, out: str | Path, **others: nn.Module) -> list[float]:
-    """Median time for 64 × 64 pixels of the network of each run, then of others: in turns, on one CPU thread."""
+    """Median time for 64 × 64 pixels of each run's network, then of others: in turns, one CPU thread."""
     files = {run: resolve(out) / "fmp" / "runs" / run / "network.safetensors" for run in runs["run"]}
     networks: dict[str, Any] = {run: checkpoint.load(path) for run, path in files.items()} | others
     times = measure_latency(networks, torch.zeros(1, 3, 64, 64), Bicubic(scale), repeats=9, threads=1)

@@ -257,7 +257,7 @@ def oriented_part(image: Tensor, corner: Sequence[int], side: int, orientation: 
 
 
 def reduced_part(photo: Tensor, corner: Sequence[int], side: int, scale: int, orientation: int = 0) -> Tensor:
-    """The square of `oriented_part` in the 8-bit reduction of the whole photograph, `(3, side / scale, ...)`.
+    """The square of `oriented_part` in the 8-bit reduction of the photograph, `(3, side / scale, ...)`.
 
     It is reduced with a margin that the cubic kernel does not cross; corner and side are multiples of the scale."""
     margin, sizes = 3 * scale, [extent // scale * scale for extent in photo.shape[-2:]]

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
+import skimage.metrics
 import torch
 import torch.nn.functional as F
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -56,7 +56,9 @@ def comparable_pair(
 def psnr(x_hat: Tensor | np.ndarray, x: Tensor | np.ndarray, data_range: float | None = None) -> float:
     """Peak signal-to-noise ratio in dB over the whole image, by scikit-image; infinite for equal images."""
     x_hat, x, data_range = comparable_pair(x_hat, x, data_range)
-    return math.inf if np.array_equal(x_hat, x) else float(peak_signal_noise_ratio(x, x_hat, data_range=data_range))
+    if np.array_equal(x_hat, x):
+        return math.inf
+    return float(skimage.metrics.peak_signal_noise_ratio(x, x_hat, data_range=data_range))
 
 # %% ../nbs/09_metrics.ipynb #c018
 def ssim(x_hat: Tensor | np.ndarray, x: Tensor | np.ndarray, data_range: float | None = None) -> float:
@@ -64,7 +66,8 @@ def ssim(x_hat: Tensor | np.ndarray, x: Tensor | np.ndarray, data_range: float |
     x_hat, x, data_range = comparable_pair(x_hat, x, data_range)
     if min(x.shape[-2:]) < 7:
         raise ValueError(f"x must have at least 7×7 pixels for SSIM, got {x.shape[-2]}×{x.shape[-1]}.")
-    return float(structural_similarity(x, x_hat, data_range=data_range, channel_axis=0 if x.ndim == 3 else None))
+    axis = 0 if x.ndim == 3 else None
+    return float(skimage.metrics.structural_similarity(x, x_hat, data_range=data_range, channel_axis=axis))
 
 # %% ../nbs/09_metrics.ipynb #c022
 def reference_of(batch: Batch) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import skimage.metrics
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 from . import operators
@@ -60,7 +60,7 @@ def luminance_scores(x_hat: Tensor, x: Tensor, border: int) -> dict[str, float]:
     inner = (slice(border, -border),) * 2 if border else ()
     y_hat, y = luminance(x_hat)[inner], luminance(x)[inner]
     window: dict[str, Any] = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-    similarity = structural_similarity(y, y_hat, data_range=255, **window)
+    similarity = skimage.metrics.structural_similarity(y, y_hat, data_range=255, **window)
     return dict(psnr=psnr(y_hat, y, data_range=255), ssim=float(similarity))
 
 # %% ../nbs/17_y_channel.ipynb #c021

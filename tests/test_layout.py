@@ -329,6 +329,17 @@ def test_prune_imports_torch_and_nothing_heavy():
     assert of_spade == {"spade.installation", "spade.basics", "spade.pruning"}
 
 
+def test_a_job_of_the_batch_loads_scipy_only_when_it_is_used():
+    """Each job begins with these imports; SciPy's statistics and files would take a quarter of their time."""
+    script = "import json, sys, spade.config, spade.runs, spade.fmp_runs; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    slow = {"scipy.stats", "scipy.io", "scipy.ndimage", "scipy.sparse", "scipy.special", "matplotlib.pyplot", "seaborn"}
+    assert not set(json.loads(done.stdout)) & slow
+
+
 def test_importing_prune_takes_little_longer_than_torch_and_torch_pruning():
     """Processor time, the least of three imports each; measured: 1.05."""
     seconds = {"import torch, torch_pruning": [], "import spade; spade.prune": []}

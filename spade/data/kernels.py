@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import scipy
 import torch
-from scipy.io import loadmat
 from torch import Tensor
 
 # %% ../../nbs/data/24_kernels.ipynb #c006
@@ -123,7 +123,7 @@ def load_cells(path: Path) -> list:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a MATLAB file of kernels such as kernels_12.mat.")
     try:
-        content = loadmat(path)
+        content = scipy.io.loadmat(path)
     except Exception as error:  # SciPy raises many types, without the name of the file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} must be a MATLAB file of version 4 to 7.2, got {reason}") from None

@@ -18,6 +18,9 @@ from batches import ENVIRONMENT, EXPERIMENTS, ROOT, arguments, call, edit_config
 from made_up_results import write_latency, write_photo_run, write_run
 
 from spade.config import config_names, load_config
+from spade.fmp_runs import METHODS
+from spade.losses import STRATEGIES
+from spade.meta_pruning import CRITERIA
 from spade.runs import Run, run_key
 from spade.tables import collect, read_runs
 from spade.workflow import damaged_files, demo_reports, estimate, forget_damaged, paper_reports, paper_runs
@@ -69,6 +72,21 @@ def test_a_target_needs_its_own_runs_and_no_others(project):
         *(f"demo_varnet_{name}" for name in ("table_2", "figure_4", "figure_7")),
     )
     assert found == {**dict.fromkeys(one, 1), "finetune": 3, "total": 11}
+
+
+def test_the_smoke_batch_of_make_executes_every_notebook_every_network_and_every_strategy(project):
+    printed = subprocess.run(
+        ["make", "-n", "check-experiments"], cwd=ROOT, capture_output=True, encoding="utf-8"
+    ).stdout
+    targets = re.search(r"snakemake (.*?) --configfile config/smoke.yaml", printed)[1].split()
+    calls = snakemake(*targets, "-n", "-p", *arguments("out"))
+    done = set(re.findall(r"nbs/experiments/(\w+)\.ipynb", calls))
+    assert done == {path.stem for path in (ROOT / EXPERIMENTS).glob("*.ipynb")} - {"measured"}, "which needs a scanner's files"
+    named = {name: set(re.findall(rf"\b{name}: ([\w-]+)", calls)) for name in ("network", "strategy", "start", "loss")}
+    assert named["network"] == set(load_config("smoke").networks) and named["start"] == {"pruned", "random"}
+    assert named["strategy"] == set(STRATEGIES) and named["loss"] == {"split"}
+    fmp = {name: set(re.findall(rf"\b{name}: ([\w-]+)", calls)) for name in ("method", "criterion", "metric")}
+    assert fmp == {"method": set(METHODS), "criterion": set(CRITERIA), "metric": {"flops", "params"}}
 
 
 def test_without_options_a_target_is_of_the_demo(project):

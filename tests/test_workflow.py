@@ -81,7 +81,9 @@ def test_the_smoke_batch_of_make_executes_every_notebook_every_network_and_every
     targets = re.search(r"snakemake (.*?) --configfile config/smoke.yaml", printed)[1].split()
     calls = snakemake(*targets, "-n", "-p", *arguments("out"))
     done = set(re.findall(r"nbs/experiments/(\w+)\.ipynb", calls))
-    assert done == {path.stem for path in (ROOT / EXPERIMENTS).glob("*.ipynb")} - {"measured"}, "which needs a scanner's files"
+    assert done == {path.stem for path in (ROOT / EXPERIMENTS).glob("*.ipynb")} - {"measured"}, (
+        "which needs a scanner's files"
+    )
     named = {name: set(re.findall(rf"\b{name}: ([\w-]+)", calls)) for name in ("network", "strategy", "start", "loss")}
     assert named["network"] == set(load_config("smoke").networks) and named["start"] == {"pruned", "random"}
     assert named["strategy"] == set(STRATEGIES) and named["loss"] == {"split"}

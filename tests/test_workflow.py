@@ -14,7 +14,18 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from batches import ENVIRONMENT, EXPERIMENTS, ROOT, arguments, call, edit_config, plan, small_notebook, snakemake
+from batches import (
+    ENVIRONMENT,
+    EXPERIMENTS,
+    ROOT,
+    arguments,
+    call,
+    edit_config,
+    plan,
+    project_copy,
+    small_notebook,
+    snakemake,
+)
 from made_up_results import write_latency, write_photo_run, write_run
 
 from spade.config import config_names, load_config
@@ -148,22 +159,36 @@ def test_acquisitions_of_the_user_are_not_taken_for_photographs(project):
 # What a change runs again
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A project with Figure 6, its runs and a measurement of time, as a batch leaves them."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder, runs = (
+            project_copy(tmp_path_factory.mktemp("made"), patch),
+            paper_reports(load_config("smoke"))["figure_6"].runs,
+        )
+        for run in runs:
+            write_run(Path("out"), run, 30.0)
+        write_latency(Path("out"), "deq")
+        done = [f"runs/{run.name}/done" for run in runs]
+        files = ["data/acquisitions", "data/R6", *done, "figure_6.png", "notebooks/figure_6.done"]
+        for number, path in enumerate(Path("out", file) for file in files):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (time.time() - 1000 + number,) * 2)
+        assert snakemake("figure_6", *arguments("out"), "--touch", "--forceall").endswith("ended with 0")
+    return folder
+
+
 @pytest.fixture
-def completed(project) -> tuple[str, ...]:
-    """Figure 6 with its runs and a measurement of time, as a batch leaves them: the arguments that ask for it."""
-    target, runs = ("figure_6", *arguments("out")), paper_reports(load_config("smoke"))["figure_6"].runs
-    for run in runs:
-        write_run(Path("out"), run, 30.0)
-    write_latency(Path("out"), "deq")
-    done = [f"runs/{run.name}/done" for run in runs]
-    files = ["data/acquisitions", "data/R6", *done, "figure_6.png", "notebooks/figure_6.done"]
-    for number, path in enumerate(Path("out", file) for file in files):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        os.utime(path, (time.time() - 1000 + number,) * 2)
-    assert snakemake(*target, "--touch", "--forceall").endswith("ended with 0")
-    assert plan(*target) == {}, "everything exists"
-    return target
+def completed(made, tmp_path, monkeypatch) -> tuple[str, ...]:
+    """A copy of it as the present folder, in which nothing is to do: the arguments that ask for Figure 6."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / made.name))
+    return "figure_6", *arguments("out")
+
+
+def test_a_complete_batch_has_nothing_to_do(completed):
+    assert plan(*completed) == {}
 
 
 @pytest.mark.parametrize("name, expected", [

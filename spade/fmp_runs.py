@@ -130,7 +130,7 @@ def method_runs(settings: FmpSettings) -> list[FmpRun]:
 
 # %% ../nbs/beyond/57_fmp_runs.ipynb #c012
 def fmp_files(settings: FmpSettings) -> dict[str, list[Path]]:
-    """The photographs for training, under "", and of each test set; the last one of scikit-image is left out.
+    """The photographs for training, under "", and of each test set; scikit-image's last is left out.
 
     Raises `FileNotFoundError` for a folder without photographs, with the place for the user's copy."""
     folders, embedded = {"": (settings.train,) * bool(settings.train), **settings.test}, embedded_photos()

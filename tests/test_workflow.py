@@ -368,7 +368,7 @@ def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("choice, message", [
     ("PROFILE=gpu", "PROFILE= is not an option: name a file of config/ with CONFIG=gpu"),
-    ("CONFIG=dmeo", "CONFIG must be one of cbsd68 demo gpu paper siat smoke, got dmeo"),
+    ("CONFIG=dmeo", "CONFIG must be one of cbsd68 demo gpu paper siat smoke sr, got dmeo"),
     ("NETWORK=resnet", "NETWORK must be one of varnet deq e2e-varnet usrnet edsr-sr, got resnet"),
     ("TARGETS=table_7", "TARGETS must be all, table_1 ... table_6, figure_1 ... figure_8, figure_steps"),
 ])  # fmt: skip

@@ -460,7 +460,8 @@ def picture_batches(test: Any, run: Run) -> list[Batch]:
 # %% ../nbs/repro/33_runs.ipynb #c066
 def provenance(config: Config | None = None, **facts: Any) -> dict[str, Any]:
     """What made a result: `facts`, the commit, versions, the device and the configuration."""
-    command = "git describe --always --dirty=+changes --abbrev=12 --exclude=*"  # "+changes": tracked files differ
+    # "+changes": tracked files differ, apart from results, which a batch replaces while it runs
+    command = "git rev-parse --short=12 HEAD && { git diff --quiet HEAD -- . ':!outputs' || echo +changes; }"
     command = command if is_checkout(project_root()) else ""
     done = subprocess.run(command, shell=True, cwd=project_root(), capture_output=True, text=True)
     packages = ("torch", "accelerate", "numpy", "scikit-image", "h5py")
@@ -468,7 +469,7 @@ def provenance(config: Config | None = None, **facts: Any) -> dict[str, Any]:
     device = pick_device(config.device if config else "auto")
     processor = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
-    facts |= {"commit": done.stdout.strip() or "unknown", "versions": versions, "device": name}
+    facts |= {"commit": "".join(done.stdout.split()) or "unknown", "versions": versions, "device": name}
     return {**facts, "platform": platform.machine(), **({"config": config.model_dump(mode="json")} if config else {})}
 
 # %% ../nbs/repro/33_runs.ipynb #c069

@@ -1,6 +1,7 @@
 """A result survives a full disk and a kill; damaged files are named."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from spade.basics import content_key
 from spade.data.fastmri import find_files
 from spade.data.phantom import simulate
 from spade.files import atomic_write, project_root, read_json, resolve, write_json
+from spade.runs import provenance
 
 WRITES_FOREVER = """
 import sys, time
@@ -132,3 +134,22 @@ def test_paths_of_a_configuration_may_begin_with_the_home_folder(tmp_path, monke
     assert resolve("data") == project_root() / "data" and resolve(tmp_path) == tmp_path
     made = simulate("~/data", 1, 1, shape=(32, 32), num_coils=2, progress=False)
     assert made == find_files("~/data") == [tmp_path / "data" / "demo_0000.h5"]
+
+
+def test_a_new_result_is_no_change_of_the_code(tmp_path, monkeypatch):
+    """A batch replaces committed figures while its later runs begin."""
+    git = lambda *words: subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True
+    )
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    (tmp_path / "outputs").mkdir()
+    for name in ("settings.ini", "outputs/figure.png", "code.py"):
+        (tmp_path / name).write_text("[DEFAULT]\nlib_name = spade\n", encoding="utf-8")
+    git("init", "-q"), git("add", "."), git("commit", "-qm", "all")
+    monkeypatch.setattr("spade.runs.project_root", lambda: tmp_path)
+    clean = provenance()["commit"]
+    (tmp_path / "outputs" / "figure.png").write_text("new", encoding="utf-8")
+    assert len(clean) == 12 and provenance()["commit"] == clean
+    (tmp_path / "code.py").write_text("new", encoding="utf-8")
+    assert provenance()["commit"] == f"{clean}+changes"

@@ -49,7 +49,9 @@ def test_one_batch_made_every_run_of_the_demo_and_no_other_is_there():
 
 def test_every_picture_is_of_a_run_that_is_shown():
     for name, run in RUNS.iterrows():
-        pictures = RESULTS.pictures(Run(*run[["network", "acceleration", "ratio", "strategy", "start", "seed"]]))
+        pictures = RESULTS.pictures(
+            Run(*run[["network", "acceleration", "ratio", "strategy", "start", "seed", "loss"]])
+        )
         assert bool(pictures) == is_pictured(run.to_dict()), name
 
 
@@ -112,12 +114,12 @@ RISES = {("deq", "supervised", 0.20), ("varnet", "self-supervised", 0.10)}
 
 
 def test_psnr_falls_as_the_ratio_grows():
-    """Within 0.01 dB, but for two rises that outputs/README.md names; it is least at 65 %."""
+    """Within 0.01 dB, but for two rises that outputs/README.md names."""
     found = set()
     for network in MRI_NETWORKS:
         for strategy in ("supervised", "school", "self-supervised"):
             values = [mean_psnr(network, ratio, strategy) for ratio in RATIOS]
-            assert min(values) == values[-1] < mean_psnr(network)
+            assert values[-1] < values[0] - 0.2 and max(values) < mean_psnr(network)
             steps = zip(RATIOS[1:], values, values[1:])
             found |= {(network, strategy, ratio) for ratio, before, after in steps if after > before + 0.01}
     assert found == RISES

@@ -21,9 +21,11 @@ CONFIG ?= demo
 TARGETS ?= all
 CORES ?= $(shell nproc)
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+JOBS_PER_GPU ?= 1
 ARGUMENTS ?=
 MINUTES ?= 30
 DEVICE ?= cpu
+export JOBS_PER_GPU
 TORCH ?= cuda
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 VENV ?= .venv
@@ -42,7 +44,7 @@ TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 # Python compiles what it imports: not compiling all that is installed saves half a minute.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 PIP = $(PIP_INSTALL) $(TORCH_PIN)
-OPTIONS = --configfile config/$(CONFIG).yaml --cores $(CORES) --resources gpu=$(GPUS) --quiet rules $(ARGUMENTS)
+OPTIONS = --configfile config/$(CONFIG).yaml --cores $(CORES) --resources gpu=$(shell expr $(GPUS) \* $(JOBS_PER_GPU)) --quiet rules $(ARGUMENTS)
 CHECK = OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/python
 
 ifeq ($(origin PROFILE),command line)

@@ -361,6 +361,8 @@ def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert module.own_gpu(["0"], str(tmp_path)) == "", "Slurm has assigned the job its GPU"
     assert [module.own_gpu(["0", "1"], str(tmp_path)) for _ in range(2)] == ["0", "1"], "a batch within an allocation"
+    shared = [module.own_gpu(["3", "5"], str(tmp_path), sharing=2) for _ in range(4)]
+    assert shared == ["3", "5", "3", "5"], "two jobs share each GPU, and no GPU has two while another has none"
     for named, gpus in (("3,5", ["3", "5"]), ("", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
         assert module.visible_gpus() == gpus

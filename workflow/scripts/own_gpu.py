@@ -2,6 +2,7 @@
 
 Snakemake counts GPUs (--resources gpu=2) but does not number them. The command replaces this process and inherits a
 file lock, which the operating system releases when the command ends, however it ends. No import of torch.
+JOBS_PER_GPU=4 in the environment lets four jobs share each GPU (--resources gpu=8 for two GPUs).
 """
 
 import fcntl
@@ -26,14 +27,17 @@ def visible_gpus() -> list[str]:
     return re.findall(r"UUID: (MIG-[^)]+)", listed) or re.findall(r"UUID: (GPU-[^)]+)", listed)
 
 
-def own_gpu(gpus: list[str], folder: str = "", pause: float = 1.0) -> str:
-    """Wait for a free GPU and hold it until this process ends; "" if there is none, or if Slurm assigned just one."""
+def own_gpu(gpus: list[str], folder: str = "", pause: float = 1.0, sharing: int = 1) -> str:
+    """Wait for one of the `sharing` places of a GPU and hold it until this process ends; GPUs fill evenly.
+
+    Returns "" if there is no GPU, or if Slurm assigned just one.
+    """
     job = os.environ.get("SLURM_JOB_ID", "")
     if not gpus or (job and len(gpus) == 1):
         return ""
     while True:
-        for name in gpus:
-            path = Path(folder or tempfile.gettempdir()) / f"spade-gpu-{os.getuid()}-{job}-{name}.lock"
+        for place, name in [(place, name) for place in range(sharing) for name in gpus]:
+            path = Path(folder or tempfile.gettempdir()) / f"spade-gpu-{os.getuid()}-{job}-{name}-{place}.lock"
             lock = os.open(path, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,6 +50,6 @@ def own_gpu(gpus: list[str], folder: str = "", pause: float = 1.0) -> str:
 
 
 if __name__ == "__main__":
-    if name := own_gpu(visible_gpus()):
+    if name := own_gpu(visible_gpus(), sharing=int(os.environ.get("JOBS_PER_GPU", "1"))):
         os.environ["CUDA_VISIBLE_DEVICES"] = name
     os.execvp(sys.argv[1], sys.argv[1:])

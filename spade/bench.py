@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SMALL', 'SIDES', 'SECONDS', 'ROUNDS', 'Case', 'all_cases', 'inputs_of', 'call_on', 'teacher_of', 'with_widths',
            'pruned_sides', 'fastmri_call', 'peer_sides', 'bart_call', 'espirit_sides', 'tensor_float_32', 'in_context',
-           'changed_priors', 'precision_sides', 'training_sides', 'training_step', 'seconds_by', 'image_difference',
-           'take_turns', 'counts_of', 'measure_case', 'machine_facts', 'speed_ups', 'table_path', 'missing_cases',
-           'run_bench', 'expected_minutes', 'draw_bench', 'write_page', 'bench_command']
+           'changed_priors', 'when_called', 'precision_sides', 'training_sides', 'training_step', 'seconds_by',
+           'image_difference', 'take_turns', 'counts_of', 'measure_case', 'machine_facts', 'speed_ups', 'table_path',
+           'missing_cases', 'run_bench', 'expected_minutes', 'draw_bench', 'write_page', 'bench_command']
 
 # %% ../nbs/beyond/54_bench.ipynb #c003
 import argparse
@@ -45,7 +45,7 @@ from .pruning import count_macs, count_parameters, prune
 class Case:
     """One comparison of several sides; its fields are columns of the table."""
 
-    kind: str  # "pruned" | "peer" | "espirit" | "precision" | "training"
+    kind: str  # "pruned" | "peer" | "espirit" | "precision" | "compiled" | "training"
     network: str  # as in `spade.models.NETWORKS`
     ratio: float = 0.0  # of the pruned network
     coils: int = 0  # 0 for super-resolution
@@ -70,11 +70,12 @@ def all_cases(cuda: bool) -> list[Case]:
     maps, mri = [Case("espirit", "maps", coils=8)], [name for name in coils if coils[name]]
     first = [*pruned(coils, 0.40), *peers, *maps, *pruned(mri, 0.05, 0.10), *training]
     rest = pruned(mri, 0.20) + pruned(["usrnet"], 0.05, 0.10, 0.20)  # a USRNet takes longest
+    compiled = [Case("compiled", name, coils=coils[name]) for name in coils]
     if not cuda:
-        return [*first, *precision, *rest]
+        return [*first, *precision, *rest, *compiled]
     batches = [Case("precision", name, coils=coils[name], batch=8) for name in coils]
-    before = [*precision, *pruned(coils, 0.40), *batches]
-    return before + [case for case in [*first, *rest] if case not in before]
+    before = [*pruned(coils, 0.40), *precision, *batches]
+    return before + [case for case in [*first, *rest, *compiled] if case not in before]
 
 # %% ../nbs/beyond/54_bench.ipynb #c009
 def inputs_of(case: Case, small: bool) -> tuple[Tensor, nn.Module]:
@@ -217,19 +218,32 @@ def changed_priors(model: nn.Module, how: str, y: Tensor, A: Any) -> nn.Module:
     return model
 
 
+def when_called(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """A side that is made by its first call, which is not timed: what fails there is a note of this side alone."""
+    made: list[Callable[[], Any]] = []
+
+    def call() -> Any:
+        if not made:
+            with torch.inference_mode(False), torch.no_grad():
+                made.append(make())
+        return made[0]()
+
+    return call
+
+
 def precision_sides(case: Case, device: torch.device, small: bool) -> dict[str, Callable[[], Any]]:
-    """Float32, bfloat16, compiled; on a GPU also TensorFloat-32 and CUDA graphs."""
+    """Float32 and bfloat16; on a GPU also TensorFloat-32 and CUDA graphs. Or float32 and compiled."""
     y, A = move(inputs_of(case, small), device)
     model = teacher_of(case, small).to(device)
     plain, exact = call_on(model, y, A), partial(tensor_float_32, device, False)
-    half = partial(torch.autocast, device.type, torch.bfloat16)
-    sides = {"float32": in_context(exact, plain), "bfloat16": in_context(half, plain)}
+    changed = lambda how: in_context(exact, when_called(lambda: call_on(changed_priors(model, how, y, A), y, A)))
+    sides = {"float32": in_context(exact, plain)}
+    if case.kind == "compiled":
+        return sides | {"compiled": changed("compiled")}
+    sides |= {"bfloat16": in_context(partial(torch.autocast, device.type, torch.bfloat16), plain)}
     if device.type == "cuda":
         sides["tf32"] = in_context(partial(tensor_float_32, device, True), plain)
-        graph: Any = changed_priors(model, "graph", y, A) if not isinstance(model, E2EVarNet) else None
-        sides |= {"cuda graph": in_context(exact, call_on(graph, y, A))} if graph is not None else {}
-    if shutil.which("g++") and not small:
-        sides["compiled"] = in_context(exact, call_on(changed_priors(model, "compiled", y, A), y, A))
+        sides |= {} if isinstance(model, E2EVarNet) else {"cuda graph": changed("graph")}
     return sides
 
 # %% ../nbs/beyond/54_bench.ipynb #c023
@@ -256,7 +270,7 @@ def training_step(model: Any, optimizer: torch.optim.Optimizer, y: Tensor, A: nn
 
 
 SIDES = {"pruned": pruned_sides, "peer": peer_sides, "espirit": espirit_sides}
-SIDES |= {"precision": precision_sides, "training": training_sides}
+SIDES |= {"precision": precision_sides, "compiled": precision_sides, "training": training_sides}
 
 # %% ../nbs/beyond/54_bench.ipynb #c026
 def seconds_by(clock: Callable[[], float], call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -281,7 +295,6 @@ def take_turns(
     """One row per side; a side that raises has its error as a note. No rows if the time does not suffice."""
     first, seconds = None, dict[str, list[float]]()
     rows: dict[str, dict[str, Any]] = {name: {"side": name, "note": ""} for name in sides}
-    began = time.monotonic()
     for name, call in sides.items():
         try:
             _, result = seconds_by(clock, call, device)
@@ -289,11 +302,14 @@ def take_turns(
             rows[name]["difference"], seconds[name] = image_difference(first, result), []
         except (RuntimeError, OSError, ImportError, ValueError, subprocess.SubprocessError) as error:
             rows[name]["note"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.100}"
-    if time.monotonic() + repeats * (time.monotonic() - began) > until:
-        return []
-    for _ in range(repeats):
+    each = 0.0  # seconds of a round: the first calls above may have compiled something
+    for done in range(repeats):
+        began = time.monotonic()
+        if began + (repeats - done) * each > until:
+            return []
         for name in seconds:
             seconds[name].append(seconds_by(clock, sides[name], device)[0])
+        each = time.monotonic() - began
     for name, times in seconds.items():
         low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else 3 * times
         rows[name] = rows[name] | {"seconds": middle, "lower_quartile": low, "upper_quartile": high, "repeats": repeats}
@@ -391,7 +407,14 @@ def run_bench(
 
 # %% ../nbs/beyond/54_bench.ipynb #c035
 SECONDS = {"varnet": 2.4, "e2e-varnet": 3.0, "deq": 2.9, "usrnet": 21.0, "maps": 2.0}  # of a call; USRNet by its MACs
-ROUNDS = {"pruned": 3.0, "peer": 2.1, "espirit": 1.5, "precision": 2.5, "training": 15.0}  # all sides, in such calls
+ROUNDS = {
+    "pruned": 3.0,
+    "peer": 2.1,
+    "espirit": 1.5,
+    "precision": 2.5,
+    "compiled": 2.0,
+    "training": 15.0,
+}  # all sides, in such calls
 
 
 def expected_minutes(case: Case, table: pd.DataFrame, repeats: int) -> float:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'SIDES', 'SECONDS', 'ROUNDS', 'Case', 'all_cases', 'inputs_of', 'call_on', 'teacher_of', 'with_widths',
-           'pruned_sides', 'fastmri_call', 'peer_sides', 'bart_call', 'espirit_sides', 'tensor_float_32', 'in_context',
-           'changed_priors', 'when_called', 'precision_sides', 'training_sides', 'training_step', 'seconds_by',
-           'image_difference', 'take_turns', 'counts_of', 'measure_case', 'machine_facts', 'speed_ups', 'table_path',
-           'missing_cases', 'run_bench', 'expected_minutes', 'draw_bench', 'write_page', 'bench_command']
+           'whole_graph', 'when_called', 'pruned_sides', 'fastmri_call', 'peer_sides', 'bart_call', 'espirit_sides',
+           'tensor_float_32', 'in_context', 'changed_priors', 'precision_sides', 'training_sides', 'training_step',
+           'seconds_by', 'image_difference', 'take_turns', 'counts_of', 'measure_case', 'machine_facts', 'speed_ups',
+           'table_path', 'missing_cases', 'run_bench', 'expected_minutes', 'draw_bench', 'write_page', 'bench_command']
 
 # %% ../nbs/beyond/54_bench.ipynb #c003
 import argparse
@@ -45,7 +45,7 @@ from .pruning import count_macs, count_parameters, prune
 class Case:
     """One comparison of several sides; its fields are columns of the table."""
 
-    kind: str  # "pruned" | "peer" | "espirit" | "precision" | "compiled" | "training"
+    kind: str  # "pruned" | "graph" | "peer" | "espirit" | "precision" | "compiled" | "training"
     network: str  # as in `spade.models.NETWORKS`
     ratio: float = 0.0  # of the pruned network
     coils: int = 0  # 0 for super-resolution
@@ -73,8 +73,10 @@ def all_cases(cuda: bool) -> list[Case]:
     compiled = [Case("compiled", name, coils=coils[name]) for name in coils]
     if not cuda:
         return [*first, *precision, *rest, *compiled]
-    batches = [Case("precision", name, coils=coils[name], batch=8) for name in coils]
-    before = [*pruned(coils, 0.40), *precision, *batches]
+    graphs = [Case("graph", name, 0.40, coils[name]) for name in ("varnet", "deq")]
+    batches = [Case("pruned", name, 0.40, coils[name], batch=8) for name in coils]
+    batches += [Case("precision", name, coils=coils[name], batch=8) for name in coils]
+    before = [*pruned(coils, 0.40), *graphs, *precision, *batches]
     return before + [case for case in [*first, *rest, *compiled] if case not in before]
 
 # %% ../nbs/beyond/54_bench.ipynb #c009
@@ -108,14 +110,51 @@ def with_widths(teacher: nn.Module, ratio: float, multiple: int) -> nn.Module | 
         return None
 
 
+def whole_graph(call: Any) -> Callable[[], Any]:
+    """A call of fixed inputs recorded as one CUDA graph: the card need not wait for Python between two kernels."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def when_called(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """A side that is made by its first call, which is not timed: what fails there is a note of this side alone."""
+    made: list[Callable[[], Any]] = []
+
+    def call() -> Any:
+        if not made:
+            with torch.inference_mode(False), torch.no_grad():
+                made.append(make())
+        return made[0]()
+
+    return call
+
+
 def pruned_sides(case: Case, device: torch.device, small: bool) -> dict[str, Callable[[], Any]]:
-    """The unpruned network, the paper's widths, and multiples of 8 and of 16."""
+    """The unpruned network, the paper's widths, and multiples of 8 and of 16; or all of these as CUDA graphs."""
     teacher = teacher_of(case, small)
     models: dict[str, nn.Module | None] = {"unpruned": teacher}
     models["paper's widths"] = prune(teacher, case.ratio, check=False)
     models |= {f"multiples of {n}": with_widths(teacher, case.ratio, n) for n in (8, 16)}
     y, A = move(inputs_of(case, small), device)
-    return {name: call_on(model.to(device).eval(), y, A) for name, model in models.items() if model is not None}
+    sides: Any = {name: call_on(model.to(device).eval(), y, A) for name, model in models.items() if model is not None}
+    if case.kind == "pruned":
+        return sides
+    recorded = {f"{name}, graph": when_called(partial(whole_graph, call)) for name, call in sides.items()}
+    for call, eager in zip(recorded.values(), sides.values()):
+        vars(call).update(model=eager.model, args=eager.args)
+    return {"unpruned": sides["unpruned"], **recorded}
 
 # %% ../nbs/beyond/54_bench.ipynb #c014
 def fastmri_call(model: Any, y: Tensor, A: Any) -> Callable[[], Any]:
@@ -218,19 +257,6 @@ def changed_priors(model: nn.Module, how: str, y: Tensor, A: Any) -> nn.Module:
     return model
 
 
-def when_called(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-    """A side that is made by its first call, which is not timed: what fails there is a note of this side alone."""
-    made: list[Callable[[], Any]] = []
-
-    def call() -> Any:
-        if not made:
-            with torch.inference_mode(False), torch.no_grad():
-                made.append(make())
-        return made[0]()
-
-    return call
-
-
 def precision_sides(case: Case, device: torch.device, small: bool) -> dict[str, Callable[[], Any]]:
     """Float32 and bfloat16; on a GPU also TensorFloat-32 and CUDA graphs. Or float32 and compiled."""
     y, A = move(inputs_of(case, small), device)
@@ -269,7 +295,7 @@ def training_step(model: Any, optimizer: torch.optim.Optimizer, y: Tensor, A: nn
     optimizer.step()
 
 
-SIDES = {"pruned": pruned_sides, "peer": peer_sides, "espirit": espirit_sides}
+SIDES = {"pruned": pruned_sides, "graph": pruned_sides, "peer": peer_sides, "espirit": espirit_sides}
 SIDES |= {"precision": precision_sides, "compiled": precision_sides, "training": training_sides}
 
 # %% ../nbs/beyond/54_bench.ipynb #c026
@@ -321,7 +347,7 @@ def counts_of(case: Case, call: Any, device: torch.device) -> dict[str, Any]:
     counts: dict[str, Any] = {}
     if case.kind == "training":
         counts = {"parameters": count_parameters(call.args[0]), "peak_mb": peak_memory(call, device) / 1e6}
-    if case.kind == "pruned":
+    if case.kind in ("pruned", "graph"):
         model, (y, A) = call.model, call.args
         counts["parameters"] = count_parameters(model)
         one_step = isinstance(model, DEQ)
@@ -407,14 +433,7 @@ def run_bench(
 
 # %% ../nbs/beyond/54_bench.ipynb #c035
 SECONDS = {"varnet": 2.4, "e2e-varnet": 3.0, "deq": 2.9, "usrnet": 21.0, "maps": 2.0}  # of a call; USRNet by its MACs
-ROUNDS = {
-    "pruned": 3.0,
-    "peer": 2.1,
-    "espirit": 1.5,
-    "precision": 2.5,
-    "compiled": 2.0,
-    "training": 15.0,
-}  # all sides, in such calls
+ROUNDS = {"peer": 2.1, "espirit": 1.5, "precision": 2.5, "compiled": 2.0, "training": 15.0}  # all sides, in such calls
 
 
 def expected_minutes(case: Case, table: pd.DataFrame, repeats: int) -> float:
@@ -424,7 +443,7 @@ def expected_minutes(case: Case, table: pd.DataFrame, repeats: int) -> float:
         known = table[(table["network"] == case.network) & table["side"].isin(["unpruned", "float32"])]
         known = known[known["kind"] != "training"]["seconds"].dropna()
         seconds = known.median() if len(known) else seconds
-    return (repeats + 1) * ROUNDS[case.kind] * seconds * case.batch / 60
+    return (repeats + 1) * ROUNDS.get(case.kind, 3.0) * seconds * case.batch / 60
 
 # %% ../nbs/beyond/54_bench.ipynb #c038
 def draw_bench(table: pd.DataFrame) -> Any:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import checkpoint
-from .basics import Batch, choose, content_key, seed_of
+from .basics import Batch, choose, content_key, device_of, seed_of
 from .config import Pixels, distinct, read_yaml
 from .data.photos import PhotoCrops, embedded_photos, find_photos, read_photo
 from .files import atomic_write, project_file, resolve
@@ -215,7 +215,7 @@ def fmp_train(run: FmpRun, settings: FmpSettings, folder: Path, teacher: Path | 
 # %% ../nbs/beyond/57_fmp_runs.ipynb #c020
 def fmp_costs(network: Any, settings: FmpSettings) -> dict[str, int]:
     """Non-zero and dense parameters, and multiply-accumulates for 64 × 64 pixels."""
-    y, kernels = torch.zeros(1, 3, 64, 64), dict(network.named_parameters())
+    y, kernels = torch.zeros(1, 3, 64, 64, device=device_of(network)), dict(network.named_parameters())
     dead = {name: int((kernels[name] == 0).sum()) for name in count_uses(network, (y,))}
     flops = sum(count * dead[name] for name, count in count_uses(network, (y,)).items())
     dense, full = count_parameters(network), count_macs(network, y)

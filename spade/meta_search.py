@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .basics import device_of
 from .finetuning import TrainingRun, batches_per_epoch, fingerprint, new_accelerator
 from .losses import make_strategy
 from .meta_pruning import MetaPruning, SearchLoop, SearchNetwork, cost, is_reached, materialise, meta_report
@@ -101,6 +102,6 @@ def meta_prune(
     search = SearchNetwork(model, chosen, seed, priors, ignored_layers)
     check_target(search)
     run_search(search, data, folder, progress)
-    small, report = materialise(search.cpu()), meta_report(search)
+    small, report = materialise(search.cpu()).to(device_of(model)), meta_report(search)
     vars(small)["meta_report"] = report
     return small

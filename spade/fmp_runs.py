@@ -63,6 +63,7 @@ class FmpSettings(FrozenSettings):
     criteria_steps: Count | None = None  # of a run of Table 3; None: `steps`
     search_steps: Count  # about as many take the search
     check_every: Count = 20
+    checkpoint_every: Count | None = None  # steps of the search between two saved states; None: an epoch, at most 200
     learning_rate: Positive = 2e-3
     batch_size: Count = 8
     pair: tuple[Ratio, Ratio] = (0.2, 0.2)  # targets of Table 3 for channels and weights
@@ -184,6 +185,7 @@ def fmp_search(run: FmpRun, settings: FmpSettings, data: Any, folder: Path) -> n
     chosen |= {"criterion": run.criterion, "metric": run.metric}
     steps = min(settings.search_steps, settings.steps // 2)
     chosen |= {"steps": steps, "max_steps": settings.steps, "check_every": settings.check_every}
+    chosen |= {"checkpoint_every": settings.checkpoint_every}
     chosen |= {"learning_rate": settings.learning_rate, "batch_size": settings.batch_size}
     factor = {"channels": 0.0}.get(run.method, settings.weight_factor if run.criterion == "weight" else 1.0)
     channels = shrinkages(MetaPruning(**chosen))[0]
@@ -244,8 +246,8 @@ def make_fmp_run(run: FmpRun, settings: FmpSettings, out: str | Path) -> dict[st
     if run.teacher is not None and not (teacher := fmp_run_folder(run.teacher, out) / "network.safetensors").is_file():
         raise FileNotFoundError(f"{run.name} needs the network of {run.teacher.name}: make that run first.")
     unpruned = teacher.read_bytes() if teacher else b""
-    of_other_runs = {"pair", "criteria", "targets", "seeds", "one_seed", "criteria_steps"}
-    key = content_key(asdict(run), settings.model_dump(mode="json", exclude=of_other_runs), unpruned)
+    no_influence = {"checkpoint_every", "pair", "criteria", "targets", "seeds", "one_seed", "criteria_steps"}
+    key = content_key(asdict(run), settings.model_dump(mode="json", exclude=no_influence), unpruned)
     try:
         if (record := read_record(folder / "result.json"))["key"] == key:
             return record

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_real', 'norms', 'inner', 'content_key', 'seed_of', 'seeded', 'own_randomness', 'device_of', 'on_device', 'move',
-           'for_convolutions', 'evaluating', 'Batch', 'BucketSampler', 'loader', 'check_finite', 'unscaled_peaks',
-           'check_values', 'choose', 'refused']
+           'for_convolutions', 'tensor_float_32', 'evaluating', 'Batch', 'BucketSampler', 'loader', 'check_finite',
+           'unscaled_peaks', 'check_values', 'choose', 'refused']
 
 # %% ../nbs/01_basics.ipynb #c002
 import copy
@@ -102,6 +102,21 @@ def for_convolutions(image: Tensor) -> Tensor:
 
 # %% ../nbs/01_basics.ipynb #c028
 @contextmanager
+def tensor_float_32(allowed: bool) -> Iterator[None]:
+    """Allow TensorFloat-32 in convolutions and matrix products, or forbid it; the former state returns."""
+    cudnn: Any = torch.backends.cudnn
+    value: Any
+    parts, name, value = [cudnn, torch.backends.cuda.matmul], "allow_tf32", allowed
+    if hasattr(cudnn, "conv"):  # PyTorch 2.9 and newer
+        parts, name, value = [cudnn.conv, cudnn.rnn, parts[1]], "fp32_precision", "tf32" if allowed else "ieee"
+    with ExitStack() as stack:
+        for part in parts:
+            stack.callback(setattr, part, name, getattr(part, name))
+            setattr(part, name, value)
+        yield
+
+# %% ../nbs/01_basics.ipynb #c031
+@contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """`modules` in evaluation mode; each of their layers returns to its own mode on exit."""
     with ExitStack() as stack:
@@ -111,7 +126,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             module.eval()
         yield
 
-# %% ../nbs/01_basics.ipynb #c031
+# %% ../nbs/01_basics.ipynb #c034
 class Batch(NamedTuple):
     """One batch of data: `model(batch.y, batch.A)` is trained towards `batch.x`."""
 
@@ -120,7 +135,7 @@ class Batch(NamedTuple):
     x: Tensor | None  # complex64 `(B, 1, H, W)` or float32 `(B, 3, H, W)`; None without ground truth
     info: dict[str, list]  # file, subject, slice and scale of each image
 
-# %% ../nbs/01_basics.ipynb #c033
+# %% ../nbs/01_basics.ipynb #c036
 class BucketSampler(Sampler[list[int]]):
     """Batches of items of equal shape, in an order drawn from seed and epoch."""
 
@@ -145,7 +160,7 @@ class BucketSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return sum(-(-self.shapes.count(shape) // self.batch_size) for shape in set(self.shapes))
 
-# %% ../nbs/01_basics.ipynb #c036
+# %% ../nbs/01_basics.ipynb #c039
 def loader(dataset: Any, batch_size: int = 1, shuffle: bool = False, seed: int = 0, num_workers: int = 0) -> DataLoader:
     """Batches of a dataset with `bucket(i)` and `collate(items)`; raises `TypeError` for another object."""
     if not (hasattr(dataset, "bucket") and hasattr(dataset, "collate")):
@@ -156,7 +171,7 @@ def loader(dataset: Any, batch_size: int = 1, shuffle: bool = False, seed: int =
         num_workers = 0
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, num_workers=num_workers)
 
-# %% ../nbs/01_basics.ipynb #c039
+# %% ../nbs/01_basics.ipynb #c042
 def check_finite(name: str, values: Tensor | np.ndarray) -> None:
     """Raise `ValueError` for a tensor or an array with NaN or infinity."""
     finite = values.isfinite() if isinstance(values, Tensor) else np.isfinite(values)
@@ -182,7 +197,7 @@ def check_values(y: Tensor, A: nn.Module, x: Tensor | None = None) -> None:
     if far := unscaled_peaks(y):
         raise ValueError(f"measurement y must be scaled to a maximum near 1, x with it, got a maximum of {far[0]:.3g}.")
 
-# %% ../nbs/01_basics.ipynb #c042
+# %% ../nbs/01_basics.ipynb #c045
 def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """Return `value` if it is one of `choices`, else raise `ValueError` with the choices."""
     if value in (choices := list(choices)):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SMALL', 'SIDES', 'SECONDS', 'ROUNDS', 'Case', 'all_cases', 'inputs_of', 'call_on', 'teacher_of', 'with_widths',
            'whole_graph', 'when_called', 'pruned_sides', 'fastmri_call', 'peer_sides', 'bart_call', 'espirit_sides',
-           'tensor_float_32', 'in_context', 'changed_priors', 'precision_sides', 'training_sides', 'training_step',
-           'seconds_by', 'image_difference', 'take_turns', 'counts_of', 'measure_case', 'machine_facts', 'speed_ups',
-           'table_path', 'missing_cases', 'run_bench', 'expected_minutes', 'draw_bench', 'write_page', 'bench_command']
+           'in_context', 'changed_priors', 'precision_sides', 'training_sides', 'training_step', 'seconds_by',
+           'image_difference', 'take_turns', 'counts_of', 'measure_case', 'machine_facts', 'speed_ups', 'table_path',
+           'missing_cases', 'run_bench', 'expected_minutes', 'draw_bench', 'write_page', 'bench_command']
 
 # %% ../nbs/beyond/54_bench.ipynb #c003
 import argparse
@@ -18,8 +18,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from . import targets
-from .basics import move
+from .basics import move, tensor_float_32
 from .data.espirit import espirit
 from .files import atomic_write, project_file
 from .latency import device_name, num_threads, one_iteration, paper_inputs, peak_memory, photo_inputs, synchronize
@@ -142,7 +141,7 @@ def when_called(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def pruned_sides(case: Case, device: torch.device, small: bool) -> dict[str, Callable[[], Any]]:
-    """The unpruned network, the paper's widths, and multiples of 8 and of 16; or all of these as CUDA graphs."""
+    """Unpruned, the paper's widths, multiples of 8 and of 16; or all of these as CUDA graphs."""
     teacher = teacher_of(case, small)
     models: dict[str, nn.Module | None] = {"unpruned": teacher}
     models["paper's widths"] = prune(teacher, case.ratio, check=False)
@@ -219,17 +218,6 @@ def espirit_sides(case: Case, device: torch.device, small: bool) -> dict[str, Ca
     return sides | {"ours": partial(espirit, y.to(device), acs)}
 
 # %% ../nbs/beyond/54_bench.ipynb #c020
-@contextmanager
-def tensor_float_32(device: torch.device, allowed: bool) -> Iterator[None]:
-    """Allow TensorFloat-32 in the convolutions of a GPU, or forbid it; the former setting returns."""
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = allowed
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def in_context(context: Callable[[], Any], call: Callable[[], Any]) -> Callable[[], Any]:
     """The call inside a context."""
 
@@ -261,14 +249,14 @@ def precision_sides(case: Case, device: torch.device, small: bool) -> dict[str, 
     """Float32 and bfloat16; on a GPU also TensorFloat-32 and CUDA graphs. Or float32 and compiled."""
     y, A = move(inputs_of(case, small), device)
     model = teacher_of(case, small).to(device)
-    plain, exact = call_on(model, y, A), partial(tensor_float_32, device, False)
+    plain, exact = call_on(model, y, A), partial(tensor_float_32, False)
     changed = lambda how: in_context(exact, when_called(lambda: call_on(changed_priors(model, how, y, A), y, A)))
     sides = {"float32": in_context(exact, plain)}
     if case.kind == "compiled":
         return sides | {"compiled": changed("compiled")}
     sides |= {"bfloat16": in_context(partial(torch.autocast, device.type, torch.bfloat16), plain)}
     if device.type == "cuda":
-        sides["tf32"] = in_context(partial(tensor_float_32, device, True), plain)
+        sides["tf32"] = in_context(partial(tensor_float_32, True), plain)
         sides |= {} if isinstance(model, E2EVarNet) else {"cuda graph": changed("graph")}
     return sides
 

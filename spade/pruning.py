@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .basics import evaluating, own_randomness, seeded
+from .basics import evaluating, own_randomness, seeded, tensor_float_32
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -642,7 +642,7 @@ def check_student(student: nn.Module, zeroed: nn.Module | None, shapes: list, ex
         same = isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor)
         return inputs[0] if same and output.shape == inputs[0].shape else None
 
-    with ExitStack() as hooks, warnings.catch_warnings():
+    with tensor_float_32(False), ExitStack() as hooks, warnings.catch_warnings():
         for layer in [m for cnn in (student, zeroed) if cnn is not None for m in cnn.modules() if across_channels(m)]:
             hooks.enter_context(layer.register_forward_hook(transparent))
         warnings.filterwarnings("error", "input's size at dim=1 does not match num_features")  # a norm that was not cut

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from spade import pruning
-from spade.basics import Batch
-from spade.models import DEQ
+from spade.basics import Batch, tensor_float_32
+from spade.models import DEQ, build
 from spade.pruning import prune
 
 N = 16
@@ -596,3 +596,24 @@ def test_inputs_find_the_cnns():
     net = Unrolled().eval()
     assert prune(net, 0.40, inputs=(image(), nn.Identity())).cnn[0].out_channels == 9
     assert prune(net, 0.40, inputs=dict(y=image(), A=nn.Identity()), ignored_layers=["cnn.0"]).cnn[0].out_channels == N
+
+
+def test_a_gpu_that_convolves_in_tensor_float_32_keeps_no_layer(monkeypatch):
+    """There the outputs of the cut and of the zeroed CNN would differ by 1e-3, which is no fault of the cut."""
+    exact = nn.Conv2d._conv_forward
+
+    def rounded(values):  # to 10 bits of mantissa
+        return (values.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    def convolve(layer, features, weight, bias):
+        cudnn = torch.backends.cudnn
+        allowed = cudnn.conv.fp32_precision != "ieee" if hasattr(cudnn, "conv") else cudnn.allow_tf32
+        given = [rounded(t.detach()) if allowed else t for t in (features, weight)]
+        return exact(layer, *given, bias)
+
+    teacher = build("varnet", num_cascades=1, channels=8, num_pools=3)
+    expected = prune(teacher, 0.40).pruning_report
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", convolve)
+    with tensor_float_32(True):
+        report = prune(teacher, 0.40).pruning_report
+    assert report.kept == expected.kept and report.parameters_after == expected.parameters_after

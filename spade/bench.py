@@ -110,7 +110,7 @@ def with_widths(teacher: nn.Module, ratio: float, multiple: int) -> nn.Module | 
 
 
 def whole_graph(call: Any) -> Callable[[], Any]:
-    """A call of fixed inputs recorded as one CUDA graph: the card need not wait for Python between two kernels."""
+    """A call of fixed inputs as one CUDA graph: no kernel waits for Python."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -128,7 +128,7 @@ def whole_graph(call: Any) -> Callable[[], Any]:
 
 
 def when_called(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-    """A side that is made by its first call, which is not timed: what fails there is a note of this side alone."""
+    """A side that is made by its first call, which is not timed; a failure is a note of this side."""
     made: list[Callable[[], Any]] = []
 
     def call() -> Any:

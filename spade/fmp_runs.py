@@ -35,7 +35,7 @@ from .models import NETWORKS, build
 from .models.sr_peers import CARN, IMDN, LatticeNet
 from .operators import Bicubic
 from .pruning import count_macs, count_parameters, prune
-from .runs import read_record, write_csv, write_record
+from .runs import provenance, read_record, write_csv, write_record
 from .training import Count, FrozenSettings, Positive, Ratio, Real, Whole, read_settings
 from .y_channel import cubic_enlarged, evaluate_luminance, luminance_scores, reduced_batch
 
@@ -258,7 +258,7 @@ def make_fmp_run(run: FmpRun, settings: FmpSettings, out: str | Path) -> dict[st
     path = checkpoint.save(network, folder / "network", **asdict(run))
     record = asdict(run) | {"key": key, "steps": settings.steps, "seconds": time.perf_counter() - began}
     record |= {"removed": removed(network), **fmp_costs(network, settings), "scores": fmp_scores(network, settings)}
-    write_record(folder / "result.json", record, [path])
+    write_record(folder / "result.json", record | {"provenance": provenance()}, [path])
     shutil.rmtree(states, ignore_errors=True)
     return read_record(folder / "result.json")
 
@@ -281,8 +281,10 @@ def read_fmp_runs(out: str | Path) -> pd.DataFrame:
         record = read_record(path, ())
         scores = pd.DataFrame(record.pop("scores")).groupby("dataset").mean(numeric_only=True)
         means = {f"{name} {dataset}": scores.loc[dataset, name] for dataset in scores.index for name in scores}
-        columns = [name for name in record if name not in ("removed", "files", "key")]
-        rows.append({"run": path.parent.name} | {name: record[name] for name in columns} | record["removed"] | means)
+        about = {name: record["provenance"][name] for name in ("commit", "device")}
+        columns = [name for name in record if name not in ("removed", "files", "key", "provenance")]
+        numbers = {name: record[name] for name in columns} | record["removed"] | means
+        rows.append({"run": path.parent.name} | numbers | about)
     return pd.DataFrame(rows)
 
 

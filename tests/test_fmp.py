@@ -75,7 +75,7 @@ def test_the_committed_demo_is_as_good_as_asked_for():
     assert (runs["metric"] == "flops").all() and reached.between(0, 0.04).all()
 
 
-@pytest.mark.parametrize("name", ("demo", "smoke", "sr", "gpu", "paper"))
+@pytest.mark.parametrize("name", ("demo", "smoke", "sr", "gpu", "paper", "block"))
 def test_every_configuration_builds_its_network_and_names_its_runs(name):
     settings = load_fmp(name)
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def test_every_configuration_builds_its_network_and_names_its_runs(name):
 @pytest.mark.parametrize(
     "call, message",
     (
-        (lambda: load_fmp("dmeo"), r"unknown config 'dmeo': choose one of demo, gpu, .*did you mean demo\?"),
+        (lambda: load_fmp("dmeo"), r"unknown config 'dmeo': choose one of block, demo, gpu, .*did you mean demo\?"),
         (lambda: FmpRun("dhp"), "unknown method 'dhp': choose one of unpruned, l1, small, channels, fmp"),
         (lambda: FmpRun(criterion="all"), "unknown criterion 'all': choose one of channel, weight"),
         (lambda: FmpRun(metric="macs"), "unknown metric 'macs': choose one of params, flops"),

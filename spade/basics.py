@@ -17,8 +17,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -104,15 +104,17 @@ def for_convolutions(image: Tensor) -> Tensor:
 @contextmanager
 def tensor_float_32(allowed: bool) -> Iterator[None]:
     """Allow TensorFloat-32 in convolutions and matrix products, or forbid it; the former state returns."""
-    cudnn: Any = torch.backends.cudnn
-    value: Any
-    parts, name, value = [cudnn, torch.backends.cuda.matmul], "allow_tf32", allowed
-    if hasattr(cudnn, "conv"):  # PyTorch 2.9 and newer
-        parts, name, value = [cudnn.conv, cudnn.rnn, parts[1]], "fp32_precision", "tf32" if allowed else "ieee"
+    cudnn, products = cast(Any, torch.backends.cudnn), torch.backends.cuda.matmul
+    general: list[Any] = [torch.backends, cudnn] if hasattr(cudnn, "conv") else []  # PyTorch 2.9 and newer
     with ExitStack() as stack:
-        for part in parts:
-            stack.callback(setattr, part, name, getattr(part, name))
-            setattr(part, name, value)
+        for part in [*general, cudnn.conv, cudnn.rnn, products] if general else []:
+            stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
+        for part in (cudnn, products):
+            with suppress(RuntimeError):  # older settings cannot be read while newer ones contradict them
+                stack.callback(setattr, part, "allow_tf32", part.allow_tf32)
+        for part in general:
+            part.fp32_precision = "tf32" if allowed else "ieee"
+        cudnn.allow_tf32 = products.allow_tf32 = allowed
         yield
 
 # %% ../nbs/01_basics.ipynb #c031

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from spade.basics import tensor_float_32
 from spade.models import DEQ, DivergenceError
 from spade.models.deq import anderson_mix, attach_gradient, contraction_rate, fixed_point, spectral_radius, target_term
 from spade.operators import MultiCoilMRI
@@ -588,3 +589,20 @@ def test_slices_one_by_one_equal_those_of_the_batch(solver):
 def test_a_solver_by_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="unknown solver 'newton': choose one of anderson, safeguarded, plain"):
         DEQ(solver="newton")
+
+
+def test_no_search_convolves_in_tensor_float_32(monkeypatch):
+    """Its rounding is as large as the tolerance: a trained network took up to three times the iterations."""
+    y, A = problem()
+    model, seen = tiny(max_iterations=3, tolerance=0.0), []
+    step = model.step
+
+    def watched(*inputs):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return step(*inputs)
+
+    monkeypatch.setattr(model, "step", watched)
+    with tensor_float_32(True), torch.no_grad():
+        model(y, A)
+        assert torch.backends.cudnn.allow_tf32, "and the caller's choice returns"
+    assert seen == 3 * [False]

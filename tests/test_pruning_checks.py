@@ -606,8 +606,7 @@ def test_a_gpu_that_convolves_in_tensor_float_32_keeps_no_layer(monkeypatch):
         return (values.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
     def convolve(layer, features, weight, bias):
-        cudnn = torch.backends.cudnn
-        allowed = cudnn.conv.fp32_precision != "ieee" if hasattr(cudnn, "conv") else cudnn.allow_tf32
+        allowed = torch.backends.cudnn.allow_tf32
         given = [rounded(t.detach()) if allowed else t for t in (features, weight)]
         return exact(layer, *given, bias)
 

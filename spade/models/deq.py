@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..basics import as_real, check_values, choose, for_convolutions, norms, seeded
+from ..basics import as_real, check_values, choose, for_convolutions, norms, seeded, tensor_float_32
 from ..operators import LinearOperator, check_precision
 
 # %% ../../nbs/models/04_deq.ipynb #c007
@@ -340,7 +340,8 @@ class DEQ(nn.Module):
         settings: dict[str, Any] = {"memory": 1 if self.solver == "plain" else self.memory, "keep_images": keep_images}
         settings |= {"safeguard": 2.0} if self.solver == "safeguarded" else {}
         step, must_progress = lambda x: self.step(x, y, A), not self.training
-        found = fixed_point(step, start, settings.pop("memory"), limit, self.tolerance, must_progress, **settings)
+        with tensor_float_32(False):
+            found = fixed_point(step, start, settings.pop("memory"), limit, self.tolerance, must_progress, **settings)
         self.last_trace, self.last_iterations = replace(found[2], images=[]), found[2].iterations
         return found
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['as_real', 'norms', 'inner', 'content_key', 'seed_of', 'seeded', 'own_randomness', 'device_of', 'on_device', 'move',
-           'for_convolutions', 'tensor_float_32', 'evaluating', 'Batch', 'BucketSampler', 'loader', 'check_finite',
-           'unscaled_peaks', 'check_values', 'choose', 'refused']
+           'for_convolutions', 'tensor_float_32', 'evaluating', 'Batch', 'BucketSampler', 'loader', 'check_tensor',
+           'check_finite', 'unscaled_peaks', 'check_values', 'each_batch', 'choose', 'check_number', 'check_network',
+           'refused']
 
 # %% ../nbs/01_basics.ipynb #c002
 import copy
@@ -18,6 +19,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -174,9 +176,18 @@ def loader(dataset: Any, batch_size: int = 1, shuffle: bool = False, seed: int =
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, num_workers=num_workers)
 
 # %% ../nbs/01_basics.ipynb #c042
+def check_tensor(name: str, value: Any, meta: bool = False) -> Tensor:
+    """`value`, if it is a dense tensor with values, or, on request, one on "meta"; `TypeError` for others."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and (meta or value.device.type != "meta"):
+        return value
+    found = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+    advice = "; torch.as_tensor makes one" if isinstance(value, (np.ndarray, list)) else ""
+    raise TypeError(f"{name} must be a dense tensor with values, got {found}{advice}.")
+
+
 def check_finite(name: str, values: Tensor | np.ndarray) -> None:
     """Raise `ValueError` for a tensor or an array with NaN or infinity."""
-    finite = values.isfinite() if isinstance(values, Tensor) else np.isfinite(values)
+    finite = check_tensor(name, values).isfinite() if isinstance(values, Tensor) else np.isfinite(values)
     if not finite.all():
         bad = f"{int((~finite).sum())} of {math.prod(finite.shape)} values"
         raise ValueError(f"{name} must be finite, got NaN or infinity in {bad}.")
@@ -191,13 +202,23 @@ def unscaled_peaks(y: Tensor) -> list[float]:
 def check_values(y: Tensor, A: nn.Module, x: Tensor | None = None) -> None:
     """Raise `ValueError` for NaN or infinity in `y`, `A` or `x`, or an image of `y` far from 1."""
     state: dict[str, Tensor] = getattr(A, "state_dict", dict)()
-    check_finite("measurement y", y)
+    check_finite("measurement y", check_tensor("measurement y", y))
     for name, tensor in state.items():
         check_finite(f"A.{name}", tensor)
     if x is not None:
-        check_finite("reference x", x)
+        check_finite("reference x", check_tensor("reference x", x))
     if far := unscaled_peaks(y):
         raise ValueError(f"measurement y must be scaled to a maximum near 1, x with it, got a maximum of {far[0]:.3g}.")
+
+
+def each_batch(name: str, batches: Any) -> Iterator[Batch]:
+    """The batches of a collection; raises `TypeError` for other objects, such as one batch by itself."""
+    for batch in batches if hasattr(batches, "__iter__") else [batches]:
+        if not (hasattr(batch, "y") and hasattr(batch, "A")):
+            raise TypeError(f"{name} must hold Batch(y, A, x, info), got {type(batch).__name__}.")
+        if not isinstance(batch.y, (tuple, list, dict)):  # of several tensors
+            check_tensor("measurement y", batch.y)
+        yield batch
 
 # %% ../nbs/01_basics.ipynb #c045
 def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:
@@ -206,6 +227,19 @@ def choose(name: str, value: Any, choices: Iterable[Any]) -> Any:
         return value
     near = "".join(f" (did you mean {c}?)" for c in difflib.get_close_matches(str(value), map(str, choices), 1))
     raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, choices))}{near}.")
+
+
+def check_number(name: str, value: Any, least: float, whole: bool = True) -> None:
+    """Raise `ValueError` unless `value` is a finite number, by default a whole one, of at least `least`."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) < math.inf
+    if not number or (whole and value % 1):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number of at least {least}, got {value!r}.")
+
+
+def check_network(name: str, model: Any) -> None:
+    """Raise `TypeError` unless `model` is a network."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a network, such as spade.load(path) returns, got {model!r:.60}.")
 
 
 def refused(*calls: Callable[[], object]) -> None:

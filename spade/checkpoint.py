@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .basics import check_finite, own_randomness
-from .files import atomic_write, plain
+from .files import as_path, atomic_write, plain
 from .models import NETWORKS
 from .training import FrozenSettings, Whole, read_settings
 
@@ -97,7 +97,8 @@ def digest_of(content: bytes | bytearray) -> tuple[int, str]:
 # %% ../nbs/repro/30_checkpoint.ipynb #c018
 def checkpoint_path(path: str | Path) -> Path:
     """The file of a checkpoint; `path` may be given with or without `.safetensors`."""
-    return Path(str(path).removesuffix(".safetensors") + ".safetensors")
+    text = str(as_path("path", path)).removesuffix(".safetensors")
+    return as_path("path", f"{text}.safetensors")
 
 # %% ../nbs/repro/30_checkpoint.ipynb #c021
 def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -114,6 +115,8 @@ def save(model: nn.Module, path: str | Path, /, **provenance: Any) -> Path:
     network and for a provenance that JSON cannot hold, ValueError for weights that are not finite."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got a {type(model).__name__}, which does not name its network.")
+    if as_path("path", path).name in ("", "..") or str(path).endswith("/"):
+        raise IsADirectoryError(f"path must be a file, got the folder {path}; spade.hub.save_folder writes into it.")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     check_tensors(model, tensors, f"of {type(model).__name__}")
     header = {"spade": json.dumps(description_of(model, **provenance).model_dump(), separators=(",", ":"))}

@@ -19,7 +19,7 @@ import yaml
 from pydantic import AfterValidator, Field, create_model, model_validator
 
 from .basics import choose
-from .files import project_file
+from .files import as_path, project_file
 from .losses import LOSSES, STRATEGIES
 from .models import NETWORKS
 from .training import Count, FrozenSettings, Positive, Ratio, Real, Training, Whole, read_settings
@@ -256,11 +256,14 @@ def config_names() -> list[str]:
 # %% ../nbs/repro/32_config.ipynb #c044
 def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a configuration of config/ or a YAML file. Raises ValueError for a wrong or missing setting."""
-    path = Path(name)
+    path = Path(str(name))
     if path.suffix != ".yaml":
         path = project_file("config", f"{choose('config', str(name), config_names())}.yaml")
-    settings = read_yaml(path)
-    for key, value in (overrides or {}).items():
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping) or not all(isinstance(key, str) for key in overrides):
+        raise TypeError(f"overrides must be a dictionary with keys such as 'latency.repeats', got {overrides!r:.60}.")
+    settings = read_yaml(as_path("name", path))
+    for key, value in overrides.items():
         settings = with_override(settings, key, value)
     if (found := settings.get("name", path.stem)) != path.stem:  # results would go to the folder of another file
         raise ValueError(f"{path.name}.name must be the name of the file, {path.stem!r}, or missing, got {found!r}.")

@@ -20,7 +20,7 @@ import torch
 from .basics import content_key
 from .data.fastmri import header_numbers, measured_columns, read_slice, read_volume_header
 from .data.phantom import header_digest, ismrmrd_header, open_hdf5
-from .files import atomic_write
+from .files import as_path, atomic_write
 from .operators import crop_readout, root_sum_of_squares
 
 # %% ../nbs/beyond/49_convert.ipynb #c004
@@ -233,7 +233,7 @@ def convert(
     """Convert raw data; returns the file written. k-space values are copied as they are.
 
     Raises `ValueError` for scans that are not 2-D Cartesian, or that hold several encodings or contrasts."""
-    raw, out = Path(raw), Path(out)
+    raw, out = as_path("raw", raw), as_path("out", out)
     if out.suffix not in (".h5", ".cfl") or out.suffix == raw.suffix == ".cfl":
         raise ValueError(f"out must end in .h5, or in .cfl for a file in fastMRI's layout, got {out} for {raw.name}.")
     if out.resolve() == raw.resolve():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingLog', 'state_tensors', 'select_prefix', 'restore', 'weights_key', 'write_state', 'read_state',
            'network_identity', 'fingerprint', 'check_same_run', 'stop_request', 'TrainingRun', 'new_accelerator',
-           'batches_per_epoch', 'read_training', 'train', 'finetune']
+           'batches_per_epoch', 'read_training', 'check_functions', 'train', 'finetune']
 
 # %% ../nbs/repro/31_resume.ipynb #c004
 import csv
@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .basics import choose, content_key, own_randomness
-from .files import atomic_write
+from .basics import check_network, check_number, choose, content_key, own_randomness
+from .files import as_path, atomic_write
 from .losses import ALLOWED_SETTINGS, Strategy, call_network, default_loss, make_strategy
 from .training import Loop, Training, as_loader, batch_stream, read_settings, scheduled_rate
 
@@ -294,6 +294,7 @@ class TrainingRun:
 def new_accelerator(mixed_precision: str, log_with: str | None = None, folder: str | Path | None = None) -> Accelerator:
     """An accelerator of precision "no", "bf16" or "fp16", whose trackers write to `folder`."""
     choose("mixed_precision", mixed_precision, ("no", "bf16", "fp16"))
+    folder = None if folder is None else as_path("folder", folder)
     found = ", ".join(kind.value for kind in get_available_trackers()) or "none"
     if log_with is not None and (folder is None or log_with not in found.split(", ")):
         got = f"{log_with!r} and folder={folder!r}"
@@ -324,11 +325,20 @@ def read_training(settings: dict[str, Any], epochs: int | None) -> Training:
     steps = settings.get("steps")
     if (epochs is None) == (steps is None):
         raise ValueError(f"either steps or epochs must be given, got steps={steps!r}, epochs={epochs!r}.")
-    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
-        raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}.")
-    return read_settings(Training, settings | {"steps": steps or epochs})
+    if epochs is not None:
+        check_number("epochs", epochs, 1)
+    return read_settings(Training, settings | {"steps": steps if epochs is None else epochs})
 
 # %% ../nbs/repro/31_resume.ipynb #c042
+def check_functions(validate: Any, callback: Any, needed: bool) -> None:
+    """Raise unless `validate` and `callback` are functions or None, and `validate` a function if `needed`."""
+    if validate is None and needed:
+        raise ValueError("validate must be a function from the model to a score for keep_best and patience, got None.")
+    for name, function in {"validate": validate, "callback": callback}.items():
+        if not (function is None or callable(function)):
+            raise TypeError(f"{name} must be a function or None, got {function!r:.60}.")
+
+
 def train(
     model: nn.Module,  # trained in place, left in eval mode
     data: Any,  # a dataset of spade.data, a DataLoader, or a collection of batches
@@ -347,11 +357,10 @@ def train(
     **settings: Any,  # fields of `Training`: steps, learning_rate, schedule, ...
 ) -> TrainingLog:
     """Train `model` with Adam; a call with the `folder` of an interrupted run continues it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a network, such as spade.load(path) returns, got {model!r:.60}.")
+    check_network("model", model)
+    check_number("num_workers", num_workers, 0)
     training, accelerator = read_training(settings, epochs), new_accelerator(mixed_precision, log_with, folder)
-    if validate is None and (keep_best or training.patience):
-        raise ValueError("validate must be a function from the model to a score for keep_best and patience, got None.")
+    check_functions(validate, callback, bool(keep_best or training.patience))
     data, world = as_loader(data, training.batch_size, seed, num_workers), accelerator.num_processes
     per_epoch = batches_per_epoch(data, world)
     if epochs is not None:

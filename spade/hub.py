@@ -14,14 +14,14 @@ from torch import nn
 
 from .checkpoint import WEIGHTS, save
 from .export import describe
-from .files import atomic_write
+from .files import as_path, atomic_write
 
 # %% ../nbs/beyond/50_hub.ipynb #c005
 def save_folder(model: nn.Module, folder: str | Path, name: str = "", /, **provenance: Any) -> Path:
     """Write `model.safetensors` and its model card `README.md`; returns the folder, which `load` reads.
 
     `name` is what the card passes to `load`; empty: the folder's. Provenance and errors are those of `save`."""
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     card = describe(save(model, folder / WEIGHTS, **provenance), name or folder.name)
     atomic_write(folder / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
     return folder

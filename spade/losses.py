@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .basics import Batch, as_real, choose, content_key, device_of, move, seeded
+from .basics import Batch, as_real, check_tensor, choose, content_key, device_of, move, seeded
 from .operators import acs_lines, crop_readout
 
 # %% ../nbs/07_losses.ipynb #c008
@@ -86,6 +86,7 @@ def default_loss(model: nn.Module) -> Loss:
 # %% ../nbs/07_losses.ipynb #c027
 def check_reference(x_hat: Tensor, x: Tensor) -> Tensor:
     """The reference `x`; raises `ValueError` unless it has shape and kind (real, complex) of `x_hat`."""
+    check_tensor("reference x", x)
     found, expected = (f"{('real', 'complex')[t.is_complex()]} {tuple(t.shape)}" for t in (x, x_hat))
     if found != expected:
         raise ValueError(f"reference x must have shape and kind of the reconstruction, {expected}, got {found}.")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .basics import device_of
+from .basics import check_network, device_of
 from .finetuning import TrainingRun, batches_per_epoch, fingerprint, new_accelerator
 from .losses import make_strategy
 from .meta_pruning import MetaPruning, SearchLoop, SearchNetwork, cost, is_reached, materialise, meta_report
@@ -96,6 +96,7 @@ def meta_prune(
 
     Raises `ValueError` for wrong settings, `MemoryError` for too large a hypernetwork, and `RuntimeError` for a search
     that reaches `max_steps`."""
+    check_network("model", model)
     chosen = read_settings(MetaPruning, settings)
     if priors is None and inputs is not None:
         priors = find_priors(model, inputs)

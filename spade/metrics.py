@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .basics import Batch, check_finite, check_values, device_of, evaluating, inner, on_device
+from .basics import Batch, check_finite, check_number, check_values, device_of, each_batch, evaluating, inner, move
 from .losses import check_reference
-from .operators import LinearOperator
+from .operators import LinearOperator, check_operator, check_shape
 
 # %% ../nbs/09_metrics.ipynb #c006
 def comparable(image: Tensor | np.ndarray) -> np.ndarray:
@@ -96,11 +96,16 @@ def evaluate(model: Any, batches: Iterable[Batch], progress: bool = True, radii:
     """PSNR (dB) and SSIM of every image of an unchanged `model(y, A)`; raises as `image_rows`.
 
     A DEQ adds iterations, relative_step and converged (0 or 1), and spectral_radius for the first `radii` images."""
+    if not callable(model):
+        raise TypeError(f"model must be a network or a function of y and A, got {model!r:.60}.")
+    check_number("radii", radii, 0)
     rows: list[dict]
     rows, device = [], device_of(model)
     with evaluating(*[model] if isinstance(model, nn.Module) else []):
-        for batch in tqdm(batches, desc="evaluating", leave=False, **({} if progress else {"disable": True})):
-            y, A = batch.y.to(device), on_device(batch.A, device)
+        hidden = {} if progress else {"disable": True}
+        shown = tqdm(batches, "evaluating", leave=False, **hidden) if hasattr(batches, "__iter__") else batches
+        for batch in each_batch("batches", shown):
+            y, A = move((batch.y, batch.A), device)
             x_hat = model(y, A)
             check_values(batch.y, batch.A, batch.x)
             trace = getattr(model, "last_trace", None)
@@ -113,6 +118,7 @@ def evaluate(model: Any, batches: Iterable[Batch], progress: bool = True, radii:
 # %% ../nbs/09_metrics.ipynb #c038
 def zero_filled(y: Tensor, A: LinearOperator) -> Tensor:
     """$A^Hy$, complex `(B, 1, H, W)`: the image if missing samples were zero."""
+    check_operator(A, "adjoint")
     return A.adjoint(y)
 
 # %% ../nbs/09_metrics.ipynb #c041
@@ -120,7 +126,7 @@ def cg_iterates(y: Tensor, A: LinearOperator, regularization: float) -> Iterator
     """The iterates of conjugate gradients on $(A^HA + λI)x = A^Hy$, from zero, without end."""
     dot = lambda a, b: inner(a, b).real.reshape(-1, 1, 1, 1)
     ratio = lambda a, b: torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)  # 0: that image is solved already
-    r = A.adjoint(y)
+    r = zero_filled(y, A)
     x, p, size = torch.zeros_like(r), r, dot(r, r)
     while True:
         q = A.normal(p) + regularization * p
@@ -133,10 +139,8 @@ def cg_iterates(y: Tensor, A: LinearOperator, regularization: float) -> Iterator
 # %% ../nbs/09_metrics.ipynb #c042
 def cg_sense(y: Tensor, A: LinearOperator, regularization: float = 1e-2, iterations: int = 10) -> Tensor:
     """Least-squares reconstruction (B, 1, H, W) by conjugate gradients; λ is relative to ‖A‖² ≤ 1."""
-    if iterations < 1 or iterations != int(iterations):
-        raise ValueError(f"iterations must be a whole number of at least 1, got {iterations}.")
-    if not 0 <= regularization < math.inf:
-        raise ValueError(f"regularization must be a number of at least 0, got {regularization}.")
+    check_number("iterations", iterations, 1)
+    check_number("regularization", regularization, 0, whole=False)
     iterates = cg_iterates(y, A, regularization)
     return [next(iterates) for _ in range(int(iterations))][-1]
 
@@ -149,7 +153,7 @@ def sweep_cg_sense(
 ) -> pd.DataFrame:  # regularization, iterations, psnr (mean over images)
     """Mean PSNR of CG-SENSE for each λ and number of iterations; raises `ValueError` without a batch."""
     rows = []
-    for batch in batches:
+    for batch in each_batch("batches", batches):
         references = reference_of(batch)
         for regularization in regularizations:
             iterates = cg_iterates(batch.y, cast(LinearOperator, batch.A), regularization)
@@ -182,6 +186,9 @@ def bicubic(y: Tensor, A: nn.Module) -> Tensor:  # real `(B, C, h, w)` to `(B, C
     scale = getattr(A, "scale", None)
     if scale is None:
         raise TypeError(f"A must have a scale, such as BlurDownsample, got {type(A).__name__}.")
+    check_shape("measurement y", y, (None,) * 4)
+    if not y.is_floating_point():
+        raise TypeError(f"measurement y must be real floating point, got {y.dtype}.")
     # grid_sample counts a side from -1 to 1, between the outer edges of its first and last pixel
     rows, columns = (
         (2 * torch.arange(n * scale, device=y.device, dtype=y.dtype) / scale + 1) / n - 1 for n in y.shape[-2:]

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .basics import evaluating, own_randomness, seeded, tensor_float_32
+from .basics import check_network, evaluating, own_randomness, seeded, tensor_float_32
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -1001,6 +1001,7 @@ def draft_network(
     importance: Importance | str = group_l1, output: Output | None = None,
 ) -> Draft:  # fmt: skip
     """Copy a network and plan all groups of all its CNNs; arguments and errors as in `prune`."""
+    check_network("teacher", teacher)
     rates = dict(ratios or {})
     if bad := [r for r in (ratio, *rates.values()) if not isinstance(r, Real) or not 0 < r < 1]:
         raise ValueError(f"ratio must be a number between 0 and 1, both excluded, got {bad[0]!r}.")
@@ -1282,6 +1283,7 @@ def find_priors(
 
     Its entries are the triples that `prune` takes. The model is not modified. Raises `ValueError` where it cannot be
     copied, does not run, or holds no CNN: the message lists its layers with the reasons."""
+    check_network("model", model)
     copied, original = copy_model(model)[0], dict(model.named_modules())
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())

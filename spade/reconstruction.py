@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .basics import device_of, evaluating, loader, move
+from .basics import check_network, device_of, evaluating, loader, move
 from .data.fastmri import MultiCoilSlices, find_files
-from .files import atomic_write
+from .files import as_path, atomic_write
 
 # %% ../nbs/beyond/47_reconstruction.ipynb #c005
 def write_volume(path: Path, images: np.ndarray, png: bool = False) -> Path:
@@ -46,7 +46,13 @@ def reconstruct(
     """Reconstruct every slice; returns the files written: `reconstruction`, float32 `(slices, H, W)`.
 
     Slices without a signal are zero. Raises `ValueError` if a result would replace its own input."""
-    paths = find_files(files, None) if isinstance(files, (str, Path)) else [Path(path) for path in files]
+    check_network("model", model)
+    if isinstance(files, Iterable) and not isinstance(files, str):
+        paths = [as_path("files", path) for path in files]
+    else:
+        paths = find_files(as_path("files", files), None)
+    if as_path("out", out).is_file():
+        raise NotADirectoryError(f"out must be a folder, got the file {out}.")
     targets = [Path(out) / path.name for path in paths]
     for path, target in zip(paths, targets):
         if path.resolve() == target.resolve():

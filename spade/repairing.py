@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .basics import Batch, evaluating, seeded
+from .basics import Batch, check_network, check_number, each_batch, evaluating, seeded
 from .pruning import Prior, list_priors
 
 # %% ../nbs/beyond/44_repair.ipynb #c006
@@ -205,7 +205,12 @@ def repair(
     """Refit the convolutions of the pruned CNNs to the teacher's outputs, without ground truth.
 
     Raises `ValueError` without measurements, for a student that was trained, and for unequal networks."""
-    batches, repaired = list(measurements), copy.deepcopy(student)
+    check_network("student", student)
+    check_network("teacher", teacher)
+    check_number("ridge", ridge, 0, whole=False)
+    check_number("pixels", pixels, 1)
+    check_number("calls", calls, 1)
+    batches, repaired = list(each_batch("measurements", measurements)), copy.deepcopy(student)
     if not batches:
         raise ValueError("measurements must hold at least one batch, got none.")
     modules, rows = dict(repaired.named_modules()), list[Refit]()

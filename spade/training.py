@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .basics import Batch, check_finite, check_values, choose, loader, move, seed_of, unscaled_peaks
+from .basics import Batch, check_finite, check_tensor, check_values, choose, loader, move, seed_of, unscaled_peaks
 from .losses import LOSSES, Strategy
 from .models.deq import DivergenceError
 
@@ -220,8 +220,10 @@ class Loop:
         if self.strategy.any_batch:
             return value
         batch = as_batch(value)
+        if not list(named_tensors(batch.y)):  # y may be a tuple or a dictionary of tensors
+            check_tensor("measurement y", batch.y)
         for name, tensor in named_tensors(batch._replace(A=None)):
-            if not tensor.numel():
+            if not check_tensor(name, tensor).numel():
                 raise ValueError(f"{name} must hold at least one image, got shape {tuple(tensor.shape)}.")
         return batch if self.strategy.needs_ground_truth else batch._replace(x=None)
 

@@ -243,6 +243,61 @@ def test_weights_alone_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+NO_NAMES = {
+    "None": (None, TypeError, "must be a str or Path, got None."),
+    "number": (3, TypeError, "must be a str or Path, got 3."),
+    "list": (["m"], TypeError, "must be a str or Path, got ['m']."),
+    "bytes": (b"m", TypeError, "must be a str or Path, got b'm'."),
+    "empty": ("", ValueError, "must name a file or folder, got ''."),
+    "zero byte": ("a\0b", ValueError, r"must name a file or folder, got 'a\x00b'."),
+    "long name": ("a" * 300, ValueError, "must have file names of at most 255 bytes, got 300: aaa"),
+    "long with its ending": ("a" * 250, ValueError, "must have file names of at most 255 bytes, got 262: aaa"),
+    "long path": ("b" * 200 + "/b" * 2000, ValueError, "must have at most 4000 bytes, got 4200: bbb"),
+}
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_what_can_be_no_file_is_refused_and_nothing_is_written(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path, error, sentence = NO_NAMES[name]
+    for call in (load, spade.export.describe, lambda path: save(make("DEQ"), path)):
+        with pytest.raises(error, match=re.escape(f"path {sentence}")):
+            call(path)
+    if "ending" not in name:
+        with pytest.raises(error, match=re.escape(f"folder {sentence}"[:40])):
+            spade.hub.save_folder(make("DEQ"), path)
+        for argument in ("raw", "out"):
+            with pytest.raises(error, match=re.escape(f"{argument} {sentence}"[:40])):
+                spade.convert.convert(**{"raw": "raw.h5", "out": "out.h5", argument: path})
+        with pytest.raises(error, match=re.escape(f"out {sentence}"[:40])):
+            spade.reconstruct(make("DEQ"), ["scan.h5"], path)
+        if name != "list":  # which is one of files
+            with pytest.raises(error, match="files must "):
+                spade.reconstruct(make("DEQ"), path, "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "ended.safetensors").mkdir()
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    for path in (f"{tmp_path}/folder/", "missing/", ".", "..", f"{tmp_path}/ended", Path()):
+        with pytest.raises(IsADirectoryError, match="^path must be a file, got the folder .*[.d/]"):
+            save(make("DEQ"), path)
+    sentence = "^path must lie in a folder, got .*.safetensors in the file .*file.$"
+    with pytest.raises(NotADirectoryError, match=sentence):
+        save(make("DEQ"), tmp_path / "file" / "m")
+    with pytest.raises(NotADirectoryError, match=sentence):
+        spade.hub.save_folder(make("DEQ"), tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="^out must be a folder, got the file .*file.$"):
+        spade.reconstruct(make("DEQ"), ["scan.h5"], tmp_path / "file")
+    with pytest.raises(FileNotFoundError, match="^no checkpoint at .*folder/model.safetensors.$"):
+        load(tmp_path / "folder")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text(encoding="utf-8") == "kept"
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere.safetensors"):
         load(tmp_path / "nowhere")

@@ -336,6 +336,23 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
             load_config(tmp_path / name)
 
 
+@pytest.mark.parametrize("overrides", (["threads=2"], [("threads", 2)], "threads=2", 3, (), {3: 4}, {None: 3}))
+def test_overrides_that_are_no_dictionary_are_refused(overrides):
+    with pytest.raises(TypeError, match="^overrides must be a dictionary with keys such as 'latency.repeats', got "):
+        load_config("smoke", overrides)
+
+
+@pytest.mark.parametrize("name", (None, 3, ["smoke"], b"smoke", "", "."))
+def test_a_name_of_another_type_is_refused(name):
+    with pytest.raises(ValueError, match="^unknown config .*: choose one of .*smoke"):
+        load_config(name)
+
+
+def test_a_file_name_that_is_too_long_is_refused():
+    with pytest.raises(ValueError, match="^name must have file names of at most 255 bytes, got 305: aaa"):
+        load_config("a" * 300 + ".yaml")
+
+
 def test_no_override_sends_results_to_another_configuration():
     with pytest.raises(ValueError, match="smoke.yaml.name must be the name of the file, 'smoke', or missing"):
         load_config("smoke", {"name": "demo"})

@@ -203,7 +203,7 @@ def test_names_as_long_as_the_system_allows(acquisition, tmp_path, monkeypatch):
     assert len(list((tmp_path / "maps").iterdir())) == 2
     settings = dict(num_subjects=1, slices_per_subject=1, shape=(32, 32), num_coils=2, progress=False)
     assert simulate(tmp_path, name="n" * 244, **settings)[0].is_file()
-    with pytest.raises(ValueError, match="path must end in a file name of at most 255 bytes, got 308: nnn"):
+    with pytest.raises(ValueError, match="path must have file names of at most 255 bytes, got 308: nnn"):
         simulate(tmp_path, name="n" * 300, **settings)
     with pytest.raises(FileNotFoundError, match="lll.h5 does not exist; expected a fastMRI multi-coil HDF5 file"):
         read_volume_header(tmp_path / ("l" * 300 + ".h5"))

@@ -4,15 +4,16 @@ import copy
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import spade
 from spade.basics import Batch, check_values
-from spade.metrics import cg_sense, evaluate, zero_filled
+from spade.metrics import bicubic, cg_sense, evaluate, sweep_cg_sense, zero_filled
 from spade.models import DEQ, E2EVarNet, USRNet, VarNet
-from spade.operators import BlurDownsample, MultiCoilMRI, equispaced_mask, normalize_maps
+from spade.operators import Bicubic, BlurDownsample, MultiCoilMRI, equispaced_mask, normalize_maps
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "deq": lambda: DEQ(features=4, num_blocks=1, max_iterations=8, gradient="jacobian-free"),
@@ -181,3 +182,126 @@ def test_a_photograph_that_would_broadcast_is_refused(wrong):
     x = wrong(batch.x) if wrong is not torch.abs else batch.x + 0j
     expected = r"reference x must have shape and kind of the reconstruction, real \(2, 3, 16, 16\), got"
     refuse(NETWORKS["usrnet"](), batch._replace(x=x), ValueError, expected, "evaluate", "supervised")
+
+
+FORMS: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "array": (Tensor.numpy, "ndarray; torch.as_tensor makes one"),
+    "list": (Tensor.tolist, "list; torch.as_tensor makes one"),
+    "None": (lambda tensor: None, "NoneType"),
+    "sparse": (Tensor.to_sparse, "torch.sparse_coo on cpu"),
+    "meta": (lambda tensor: tensor.to("meta"), "torch.strided on meta"),
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+@every_network
+@every_form
+def test_a_measurement_that_is_no_dense_tensor_is_refused(network, form):
+    batch, (change, found) = problem(network), FORMS[form]
+    wrong = batch._replace(y=change(batch.y))
+    refuse(NETWORKS[network](), wrong, TypeError, rf"y must be a dense tensor with values, got {found}")
+
+
+@every_network
+@every_form
+def test_a_reference_that_is_no_dense_tensor_is_refused(network, form):
+    batch, (change, found) = problem(network), FORMS[form]
+    if form != "None":  # which is a batch without reference
+        wrong = batch._replace(x=change(batch.x))
+        sentence = rf"reference x must be a dense tensor with values, got {found}"
+        refuse(NETWORKS[network](), wrong, TypeError, sentence, "evaluate", "supervised")
+
+
+@every_form
+def test_operators_and_baselines_refuse_what_is_no_dense_tensor(form):
+    (y, A, x, _), (y_photo, blur, photo, _) = problem("varnet"), problem("usrnet")
+    change, found = FORMS[form]
+    calls = {
+        "k-space": [lambda: zero_filled(change(y), A), lambda: cg_sense(change(y), A), lambda: A.adjoint(change(y))],
+        "image": [lambda: A(change(x)), lambda: blur(change(photo))],
+        "measurement": [lambda: blur.adjoint(change(y_photo))],
+    }
+    if form != "meta":  # which gives the shape of the result
+        calls["image"] += [lambda: Bicubic(2)(change(photo))]
+        calls["measurement"] += [lambda: bicubic(change(y_photo), blur)]
+    if form not in ("array", "list"):  # which operators convert
+        calls["maps"] = [lambda: MultiCoilMRI(A.mask, change(A.maps))]
+        calls["mask"] = [lambda: MultiCoilMRI(change(A.mask), A.maps)]
+        calls["kernel"] = [lambda: BlurDownsample(change(blur.kernel), 2)]
+    for name, refused in calls.items():
+        for call in refused:
+            with pytest.raises(TypeError, match=rf"{name}( y)? must be a dense tensor with values, got {found}\.$"):
+                call()
+
+
+def test_operators_take_arrays():
+    (y, A, x, _), (_, blur, photo, _) = problem("varnet"), problem("usrnet")
+    assert torch.equal(MultiCoilMRI(A.mask.numpy(), A.maps.numpy())(x), y)
+    assert torch.equal(BlurDownsample(blur.kernel.numpy(), np.int64(2))(photo), blur(photo))
+
+
+@pytest.mark.parametrize("wrong", (None, "A", 3, torch.zeros(2, 3, 16, 16), nn.Identity()))
+def test_what_is_no_operator_is_refused(wrong):
+    for network, sentence in {
+        "deq": "A must be an operator with adjoint, as MultiCoilMRI has, got ",
+        "varnet": "A must be an operator with mask and maps, as MultiCoilMRI has, got ",
+        "e2e-varnet": "A must be an operator with mask and maps, as MultiCoilMRI has, got ",
+        "usrnet": "A must have a scale and an exact data step, as BlurDownsample has, got ",
+    }.items():
+        batch = problem(network)._replace(A=wrong)
+        refuse(NETWORKS[network](), batch, TypeError, sentence + type(wrong).__name__, "model", "evaluate")
+    for baseline in (zero_filled, cg_sense):
+        with pytest.raises(TypeError, match="A must be an operator with adjoint"):
+            baseline(problem("varnet").y, wrong)
+
+
+@pytest.mark.parametrize("wrong", (None, 3, "scans", [None], ["scan.h5"], problem("varnet"), {"y": 1}))
+def test_what_is_no_collection_of_batches_is_refused(wrong):
+    model = NETWORKS["varnet"]()
+    for name, call in {
+        "batches": lambda: evaluate(model, wrong, progress=False),
+        "(?:)batches": lambda: sweep_cg_sense(wrong),
+        "measurements": lambda: spade.repair(model, model, wrong),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{name} must hold Batch\(y, A, x, info\), got \w+\.$"):
+            call()
+
+
+@pytest.mark.parametrize("wrong", (None, 3, "student", {}, NETWORKS["varnet"]().state_dict()), ids=lambda w: str(w)[:9])
+def test_what_is_no_network_is_refused(wrong, tmp_path):
+    model, batch = NETWORKS["varnet"](), problem("varnet")
+    for name, call in {
+        "teacher": lambda: spade.prune(wrong, 0.1),
+        "(?:)teacher": lambda: spade.plan(wrong, 0.1),
+        "(?:)(?:)teacher": lambda: spade.repair(model, wrong, [batch]),
+        "student": lambda: spade.repair(wrong, model, [batch]),
+        "model": lambda: spade.reconstruct(wrong, tmp_path, tmp_path / "out"),
+        "(?:)model": lambda: spade.find_priors(wrong, (batch.y, batch.A)),
+        "(?:)(?:)model": lambda: spade.meta_prune(wrong, [batch]),
+        "(?:)(?:)(?:)model": lambda: spade.finetune(wrong, [batch], "supervised", steps=1),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{name} must be a network, such as spade.load\(path\) returns, got "):
+            call()
+    with pytest.raises(TypeError, match="^model must be a network or a function of y and A, got "):
+        evaluate(wrong, [batch], progress=False)
+
+
+@pytest.mark.parametrize("value", (None, "x", -1, math.nan, math.inf, True, [1]))
+def test_numbers_out_of_range_are_refused(value):
+    model, batch, photo = NETWORKS["varnet"](), problem("varnet"), problem("usrnet")
+    calls = {
+        "pixels must be a whole number of at least 1": lambda: spade.repair(model, model, [batch], pixels=value),
+        "calls must be a whole number of at least 1": lambda: spade.repair(model, model, [batch], calls=value),
+        "ridge must be a number of at least 0": lambda: spade.repair(model, model, [batch], ridge=value),
+        "iterations must be a whole number of at least 1": lambda: cg_sense(batch.y, batch.A, iterations=value),
+        "regularization must be a number of at least 0": lambda: cg_sense(batch.y, batch.A, value),
+        "radii must be a whole number of at least 0": lambda: evaluate(model, [batch], False, radii=value),
+        "scale must be a whole number of at least 1": lambda: BlurDownsample(photo.A.kernel, value),
+        "scale must be a whole number of at least 1,": lambda: Bicubic(value),
+    }
+    for sentence, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{sentence}"):
+            call()
+    if value is not True:
+        with pytest.raises(ValueError, match="acceleration must be a whole number from 1 to the width 16, got "):
+            equispaced_mask(16, value)

@@ -601,11 +601,40 @@ def test_fewer_batches_than_processes(monkeypatch):
         (dict(steps=1, warmup=-1), "warmup must be greater than or equal to 0, got -1"),
         (dict(steps=1, batch_size=0), "batch_size must be greater than or equal to 1, got 0"),
         (dict(steps=1, mixed_precision="fp8"), "unknown mixed_precision 'fp8': choose one of no, bf16, fp16"),
+        (dict(steps=0), "^steps must be greater than or equal to 1, got 0.$"),
+        (dict(steps=-1), "^steps must be greater than or equal to 1, got -1.$"),
+        (dict(epochs=0), "^epochs must be a whole number of at least 1, got 0.$"),
+        (dict(steps=1, num_workers=-1), "^num_workers must be a whole number of at least 0, got -1.$"),
+        (dict(steps=1, folder=""), "^folder must name a file or folder, got ''.$"),
+        (dict(steps=1, folder="q" * 300), "^folder must have file names of at most 255 bytes, got 300: qqq"),
     ],
 )
 def test_bad_settings(settings, said):
     with pytest.raises(ValueError, match=said):
         train(tiny(), batches(), make_strategy("supervised"), **settings)
+    if settings and "loss" not in settings:  # without steps, ten epochs; the loss is a setting of finetune
+        with pytest.raises(ValueError, match=said):
+            finetune(tiny(), batches(), "supervised", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(folder=3), "^folder must be a str or Path, got 3.$"),
+        (dict(folder=["runs"]), "^folder must be a str or Path, got \\['runs'\\].$"),
+        (dict(validate="psnr"), "^validate must be a function or None, got 'psnr'.$"),
+        (dict(callback=3), "^callback must be a function or None, got 3.$"),
+    ],
+)
+def test_arguments_of_another_type(settings, said):
+    with pytest.raises(TypeError, match=said):
+        train(tiny(), batches(), make_strategy("supervised"), steps=1, **settings)
+
+
+def test_a_file_in_place_of_the_folder_of_a_run(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(NotADirectoryError, match="path must lie in a folder, got .*curve.csv in the file .*run.$"):
+        train(tiny(), batches(), make_strategy("supervised"), steps=1, folder=tmp_path / "run", progress=False)
 
 
 def test_settings_read_numbers_as_yaml_gives_them():

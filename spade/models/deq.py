@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basics import as_real, check_values, choose, for_convolutions, norms, seeded, tensor_float_32
-from ..operators import LinearOperator, check_precision
+from ..operators import LinearOperator, check_operator, check_precision
 
 # %% ../../nbs/models/04_deq.ipynb #c007
 def complex_to_channels(image: Tensor) -> Tensor:  # complex (B, C, H, W) to real (B, 2C, H, W)
@@ -332,6 +332,7 @@ class DEQ(nn.Module):
         self, y: Tensor, A: LinearOperator, keep_images: bool = False, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Trace]:
         """Last iterate x, T(x), record of the search, without gradients; starts zero-filled by default."""
+        check_operator(A, "adjoint")
         check_precision(self, y, A)
         zero_filled = A.adjoint(y)
         check_values(y, A)

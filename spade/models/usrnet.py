@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import operators
-from ..basics import for_convolutions
+from ..basics import check_tensor, for_convolutions
 from .deq import Trace, relative_step
 from .varnet import load_checked, read_weights
 
-# %% ../../nbs/models/10_usrnet.ipynb #c032
+# %% ../../nbs/models/10_usrnet.ipynb #c033
 class ResBlock(nn.Module):
     """`x + conv(ReLU(conv(x)))` for images (B, width, H, W), without biases."""
 
@@ -34,7 +34,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.res(x)
 
-# %% ../../nbs/models/10_usrnet.ipynb #c035
+# %% ../../nbs/models/10_usrnet.ipynb #c036
 def down_level(width: int, next_width: int, num_blocks: int) -> nn.Sequential:
     """Residual blocks of `width` channels, then `next_width` channels at half the size."""
     blocks = (ResBlock(width) for _ in range(num_blocks))
@@ -46,7 +46,7 @@ def up_level(width: int, next_width: int, num_blocks: int) -> nn.Sequential:
     enlarge = nn.ConvTranspose2d(width, next_width, 2, stride=2, bias=False)
     return nn.Sequential(enlarge, *(ResBlock(next_width) for _ in range(num_blocks)))
 
-# %% ../../nbs/models/10_usrnet.ipynb #c038
+# %% ../../nbs/models/10_usrnet.ipynb #c039
 class ResUNet(nn.Module):
     """USRNet's prior: a U-Net of residual blocks with additive skips; by default 17,010,304 parameters."""
 
@@ -81,7 +81,7 @@ class ResUNet(nn.Module):
         x = self.m_up1(x + half)
         return self.m_tail(x + full)[..., :height, :width]
 
-# %% ../../nbs/models/10_usrnet.ipynb #c042
+# %% ../../nbs/models/10_usrnet.ipynb #c043
 class HyPaNet(nn.Module):
     """Noise level and scale to all alphas, then all betas of USRNet; by default 5,392 parameters."""
 
@@ -95,7 +95,7 @@ class HyPaNet(nn.Module):
         """Settings (B, in_channels, 1, 1) to positive numbers (B, out_channels, 1, 1)."""
         return self.mlp(settings) + 1e-6
 
-# %% ../../nbs/models/10_usrnet.ipynb #c045
+# %% ../../nbs/models/10_usrnet.ipynb #c046
 @torch.no_grad()
 def start_near_identity(prior: ResUNet, hypanet: HyPaNet, alpha: float = 0.01, random_part: float = 0.1) -> None:
     """Initialise the prior near the identity on the colours, and the HyPaNet with small alphas."""
@@ -106,15 +106,16 @@ def start_near_identity(prior: ResUNet, hypanet: HyPaNet, alpha: float = 0.01, r
     next(prior.m_up1.parameters()).mul_(random_part)
     bias[: len(bias) // 2] = torch.tensor(alpha).expm1().log()  # the inverse of Softplus
 
-# %% ../../nbs/models/10_usrnet.ipynb #c048
+# %% ../../nbs/models/10_usrnet.ipynb #c049
 def check_measurement(y: Tensor, A: nn.Module, channels: int) -> None:
     """Raise `TypeError` for an operator without exact data step, `ValueError` unless `y` is a real image."""
     if not (callable(getattr(A, "proximal", None)) and hasattr(A, "scale")):
         raise TypeError(f"A must have a scale and an exact data step, as BlurDownsample has, got {type(A).__name__}.")
+    check_tensor("y", y, meta=True)
     if y.ndim != 4 or y.shape[1] != channels or not y.is_floating_point():
         raise ValueError(f"y must be a real image of shape (B, {channels}, H, W), got {y.dtype} {tuple(y.shape)}.")
 
-# %% ../../nbs/models/10_usrnet.ipynb #c049
+# %% ../../nbs/models/10_usrnet.ipynb #c050
 Sigma = float | Sequence[float] | Tensor | None  # noise level for images in [0, 1], one or (B,); None: that of `A`
 
 
@@ -128,7 +129,7 @@ def noise_level(sigma: float | Sequence[float] | Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"sigma must lie between 0 and 1 (divide grey levels by 255), got {values}.")
     return level
 
-# %% ../../nbs/models/10_usrnet.ipynb #c052
+# %% ../../nbs/models/10_usrnet.ipynb #c053
 class USRNet(nn.Module):
     """Deep unfolding for super-resolution, one prior for all iterations, kernels, scales, noise levels.
 
@@ -229,7 +230,7 @@ class USRNet(nn.Module):
         """The network of published weights, a file or its content; raises `ValueError` for others."""
         return load_published(cls, weights)
 
-# %% ../../nbs/models/10_usrnet.ipynb #c074
+# %% ../../nbs/models/10_usrnet.ipynb #c075
 PUBLISHED = {"usrnet_tiny.pth": "d82929fc053d6bbe181adba9e2be3d23548eeca8b7b4232eb122f020352295cf"}  # SHA-256
 
 

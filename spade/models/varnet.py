@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..basics import check_finite, for_convolutions
 from .deq import channels_to_complex, complex_to_channels
-from ..operators import MultiCoilMRI, check_precision, fft2c, ifft2c
+from ..operators import MultiCoilMRI, check_operator, check_precision, fft2c, ifft2c
 
 # %% ../../nbs/models/05_varnet.ipynb #c006
 class InstanceNorm(nn.InstanceNorm2d):
@@ -196,6 +196,7 @@ class VarNet(nn.Module):
 
     def cascade_operator(self, y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
         """The operator in the cascades: `A`, its maps aligned; `TypeError` for another precision."""
+        check_operator(A, "mask", "maps")
         check_precision(self, y, A)
         A.check("k-space", y, A.maps.shape[1])
         return align_maps(y, A) if self.align else A

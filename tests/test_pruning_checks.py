@@ -110,6 +110,7 @@ def test_channel_shuffle_loses_the_same_channels_of_each_part():
     assert torch.allclose(student(image(size=12)), net(image(size=12)), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.* is pruned in part")
 @pytest.mark.parametrize("ratio, width", [(0.5, 8), (0.40, 9)])
 def test_rolled_channels_are_kept(ratio, width):
     net = Net(lambda net, x: net.c(net.b(net.a(x).roll(1, 1))), a=conv(1, N), b=conv(N, N), c=conv(N, 1)).eval()
@@ -276,6 +277,7 @@ def test_what_a_forward_raises_becomes_a_sentence():
     assert "does not run without them (AssertionError: input feature" in student.pruning_report.kept["a"]
 
 
+@pytest.mark.filterwarnings("ignore:.* is pruned in part")
 def test_all_conflicts_are_found_at_once():
     def forward(net, x):
         h = net.b(net.a(x).flip(1).roll(1, 1) + torch.arange(N)[: net.a.out_channels, None, None])
@@ -299,6 +301,7 @@ def test_hard_coded_widths_are_kept_one_by_one():
     assert "RuntimeError: shape '[1, 16," in student.pruning_report.kept["b"]
 
 
+@pytest.mark.filterwarnings("ignore:.* is pruned in part")
 @pytest.mark.parametrize("seed, kept", ((0, {"a", "b", "d"}), (2, {"b", "d"})))
 def test_kept_layers_named_in_ignored_layers_give_the_same_student(seed, kept):
     """The reasons of the report, followed literally, lead to the same network.
@@ -316,7 +319,9 @@ def test_kept_layers_named_in_ignored_layers_give_the_same_student(seed, kept):
 
 def test_a_mean_over_channels_is_kept():
     net = Net(lambda net, x: net.b(torch.relu(net.a(x))).mean(1, keepdim=True), a=conv(1, N), b=conv(N, N)).eval()
-    student = prune(net, 0.40, [(net, image(), [])])
+    found = "1 of 2 layer groups keep their width, 'b': the output without them differs by"
+    with pytest.warns(UserWarning, match=f"Net is pruned in part: {found}"):
+        student = prune(net, 0.40, [(net, image(), [])])
     assert student.b.out_channels == N and "differs by" in student.pruning_report.kept["b"]
     assert prune(net, 0.40, [(net, image(), [])], check=False).b.out_channels == 9  # at the caller's risk
 
@@ -525,6 +530,7 @@ def test_noise_is_the_same_in_both_passes_and_the_callers_state_comes_back():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.filterwarnings("ignore:.* is pruned in part")
 def test_a_norm_of_ones_own_over_channels_needs_check_false():
     f = lambda net, x: net.b((h := net.a(x)) / h.std(1, keepdim=True))
     net = Net(f, a=conv(1, N), b=conv(N, 1)).eval()

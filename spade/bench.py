@@ -469,7 +469,8 @@ def write_page(table: pd.DataFrame, stem: Path, facts: dict[str, str]) -> Path:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.to_numpy().tolist()]
     text = f"# Benchmarks on {facts['device']}\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    text += f"\n\n`seconds` are medians; quartiles are in [{stem.name}.csv]({stem.name}.csv).\n\n![speed-ups]({stem.name}.png)\n\n"
+    text += f"\n\n`seconds` are medians; quartiles are in [{stem.name}.csv]({stem.name}.csv).\n\n"
+    text += f"![speed-ups]({stem.name}.png)\n\n"
     return atomic_write(
         stem.with_suffix(".md"), lambda part: part.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
     )

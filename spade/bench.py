@@ -211,7 +211,8 @@ def espirit_sides(case: Case, device: torch.device, small: bool) -> dict[str, Ca
     try:
         import sigpy.mri
 
-        sides["sigpy"] = sigpy.mri.app.EspiritCalib(y[0].numpy(), calib_width=24, show_pbar=False).run
+        calibrate = partial(sigpy.mri.app.EspiritCalib, y[0].numpy(), calib_width=24, show_pbar=False)
+        sides["sigpy"] = lambda: calibrate().run()  # an object of sigpy computes once
     except ImportError:
         pass
     sides |= {"bart": bart_call(y[0].numpy())} if shutil.which("bart") else {}

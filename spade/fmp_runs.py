@@ -65,6 +65,7 @@ class FmpSettings(FrozenSettings):
     check_every: Count = 20
     checkpoint_every: Count | None = None  # steps of the search between two saved states; None: an epoch, at most 200
     learning_rate: Positive = 2e-3
+    search_learning_rate: Positive | None = None  # None: a quarter of `learning_rate`
     batch_size: Count = 8
     pair: tuple[Ratio, Ratio] = (0.2, 0.2)  # targets of Table 3 for channels and weights
     criteria: tuple[tuple[Criterion, Metric], ...] = PAIRS  # rows of Table 3
@@ -186,7 +187,8 @@ def fmp_search(run: FmpRun, settings: FmpSettings, data: Any, folder: Path) -> n
     steps = min(settings.search_steps, settings.steps // 2)
     chosen |= {"steps": steps, "max_steps": settings.steps, "check_every": settings.check_every}
     chosen |= {"checkpoint_every": settings.checkpoint_every}
-    chosen |= {"learning_rate": settings.learning_rate, "batch_size": settings.batch_size}
+    rate = settings.search_learning_rate or settings.learning_rate / 4
+    chosen |= {"learning_rate": rate, "batch_size": settings.batch_size}
     factor = {"channels": 0.0}.get(run.method, settings.weight_factor if run.criterion == "weight" else 1.0)
     channels = shrinkages(MetaPruning(**chosen))[0]
     chosen |= {"channel_shrinkage": channels, "weight_shrinkage": factor * channels, "seed": run.seed}

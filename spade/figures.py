@@ -454,6 +454,7 @@ def index_page(out: str | Path, made: bool = False) -> str:
     lists = {"Incomplete": partial, "Missing": missing}
     lacks = [f"- {name}: {', '.join(names)}." for name, names in lists.items() if names]
     head = [f"# Results: {out.name}\n", *made_on(results), *(lacks or ["- Nothing of the paper is missing."])]
+    head += ["- The second paper: [FMP](fmp.md)."] if (out / "fmp.md").is_file() else []
     return "\n".join([*head, "", *shown])
 
 

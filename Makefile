@@ -50,6 +50,7 @@ CHECK = OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/python
 ifeq ($(origin PROFILE),command line)
 $(error PROFILE= is not an option: name a file of config/ with CONFIG=$(PROFILE))
 endif
+$(if $(shell printf %s '$(JOBS_PER_GPU)' | grep -x '[1-9][0-9]*'),,$(error JOBS_PER_GPU must be a whole number of at least 1, got $(JOBS_PER_GPU)))
 ifeq ($(wildcard config/$(CONFIG).yaml),)
 $(error CONFIG must be one of $(basename $(notdir $(wildcard config/*.yaml))), got $(CONFIG))
 endif

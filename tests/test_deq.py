@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from spade.basics import tensor_float_32
+from spade.config import load_config
+from spade.examples import brain
 from spade.models import DEQ, DivergenceError
 from spade.models.deq import anderson_mix, attach_gradient, contraction_rate, fixed_point, spectral_radius, target_term
 from spade.operators import MultiCoilMRI
+from spade.runs import Run, load_teacher, shipped_teacher
 
 
 def problem(batch=1, size=8, coils=2, dtype=torch.complex128, seed=0):
@@ -606,3 +609,21 @@ def test_no_search_convolves_in_tensor_float_32(monkeypatch):
         model(y, A)
         assert torch.backends.cudnn.allow_tf32, "and the caller's choice returns"
     assert seen == 3 * [False]
+
+
+def test_a_trained_network_needs_more_iterations_with_rounded_convolutions(monkeypatch):
+    """10 bits of mantissa, as in TensorFloat-32: why the search forbids it. The image is nearly the same."""
+    y, A, _ = brain()
+    model = load_teacher(shipped_teacher(Run("deq", 6), load_config("demo"))).eval()
+    exact_image, exact = model.solve(y, A)
+    convolve = torch.nn.Conv2d._conv_forward
+
+    def rounded(values):
+        return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    monkeypatch.setattr(
+        torch.nn.Conv2d, "_conv_forward", lambda layer, x, w, b: convolve(layer, rounded(x), rounded(w), b)
+    )
+    image, coarse = model.solve(y, A)
+    assert exact.converged and coarse.iterations > 1.2 * exact.iterations
+    assert ((image - exact_image).norm() / exact_image.norm()).item() < 0.01

@@ -371,6 +371,8 @@ def test_two_jobs_never_hold_the_same_gpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize("choice, message", [
     ("PROFILE=gpu", "PROFILE= is not an option: name a file of config/ with CONFIG=gpu"),
     ("CONFIG=dmeo", "CONFIG must be one of cbsd68 demo gpu paper siat smoke sr, got dmeo"),
+    ("JOBS_PER_GPU=0", "JOBS_PER_GPU must be a whole number of at least 1, got 0"),
+    ("JOBS_PER_GPU=two", "JOBS_PER_GPU must be a whole number of at least 1, got two"),
     ("NETWORK=resnet", "NETWORK must be one of varnet deq e2e-varnet usrnet edsr-sr, got resnet"),
     ("TARGETS=table_7", "TARGETS must be all, table_1 ... table_6, figure_1 ... figure_8, figure_steps"),
 ])  # fmt: skip

@@ -50,6 +50,8 @@ def own_gpu(gpus: list[str], folder: str = "", pause: float = 1.0, sharing: int 
 
 
 if __name__ == "__main__":
-    if name := own_gpu(visible_gpus(), sharing=int(os.environ.get("JOBS_PER_GPU", "1"))):
+    if not re.fullmatch("[1-9][0-9]*", jobs := os.environ.get("JOBS_PER_GPU", "1")):
+        sys.exit(f"JOBS_PER_GPU must be a whole number of at least 1, got {jobs!r}.")
+    if name := own_gpu(visible_gpus(), sharing=int(jobs)):
         os.environ["CUDA_VISIBLE_DEVICES"] = name
     os.execvp(sys.argv[1], sys.argv[1:])

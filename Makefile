@@ -41,7 +41,9 @@ endif
 # The package index has one build of a version of torch: on Linux with an Intel or AMD processor that for CUDA, 5.2 GB with its libraries. Builds
 # for the CPU (1.5 GB), or another CUDA, are in PyTorch's own index, under cpu, cu126, cu130, ... A version that is installed stays.
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
-# Python compiles what it imports: not compiling all that is installed saves half a minute.
+# Python compiles what it imports and keeps it: not compiling all that is installed saves half a minute. Images of containers often set a
+# variable against keeping; then each of the jobs and tests would compile torch and all the others again, for 5 s or more.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 PIP = $(PIP_INSTALL) $(TORCH_PIN)
 OPTIONS = --configfile config/$(CONFIG).yaml --cores $(CORES) --resources gpu=$(shell expr $(GPUS) \* $(JOBS_PER_GPU)) --quiet rules $(ARGUMENTS)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingLog', 'state_tensors', 'select_prefix', 'restore', 'weights_key', 'write_state', 'read_state',
-           'network_identity', 'fingerprint', 'check_same_run', 'stop_request', 'TrainingRun', 'new_accelerator',
-           'batches_per_epoch', 'read_training', 'check_functions', 'train', 'finetune']
+           'network_identity', 'fingerprint', 'check_same_run', 'stop_request', 'TrainingRun', 'native_precision',
+           'new_accelerator', 'batches_per_epoch', 'read_training', 'check_functions', 'train', 'finetune']
 
 # %% ../nbs/repro/31_resume.ipynb #c004
 import csv
@@ -291,9 +291,18 @@ class TrainingRun:
             self.loop.model.load_state_dict(self.best)
 
 # %% ../nbs/repro/31_resume.ipynb #c033
+def native_precision() -> str:
+    """ "bf16" if the GPU, or without one the processor, has instructions for bfloat16, else "no"."""
+    if torch.accelerator.is_available():
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
+
+# %% ../nbs/repro/31_resume.ipynb #c035
 def new_accelerator(mixed_precision: str, log_with: str | None = None, folder: str | Path | None = None) -> Accelerator:
-    """An accelerator of precision "no", "bf16" or "fp16", whose trackers write to `folder`."""
-    choose("mixed_precision", mixed_precision, ("no", "bf16", "fp16"))
+    """An accelerator of precision "no", "bf16", "fp16" or "auto", whose trackers write to `folder`."""
+    choose("mixed_precision", mixed_precision, ("no", "bf16", "fp16", "auto"))
+    mixed_precision = native_precision() if mixed_precision == "auto" else mixed_precision
     folder = None if folder is None else as_path("folder", folder)
     found = ", ".join(kind.value for kind in get_available_trackers()) or "none"
     if log_with is not None and (folder is None or log_with not in found.split(", ")):
@@ -305,7 +314,7 @@ def new_accelerator(mixed_precision: str, log_with: str | None = None, folder: s
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision, log_with=log_with, project_dir=folder)
 
-# %% ../nbs/repro/31_resume.ipynb #c036
+# %% ../nbs/repro/31_resume.ipynb #c038
 def batches_per_epoch(data: Any, world: int = 1) -> int | None:
     """Batches per epoch and process, None for data of unknown length; raises `ValueError` for 0."""
     try:
@@ -316,7 +325,7 @@ def batches_per_epoch(data: Any, world: int = 1) -> int | None:
         raise ValueError(f"data must hold at least one batch for each of {world} processes, got {len(data)} batches.")
     return number
 
-# %% ../nbs/repro/31_resume.ipynb #c039
+# %% ../nbs/repro/31_resume.ipynb #c041
 def read_training(settings: dict[str, Any], epochs: int | None) -> Training:
     """The settings of `train`, checked; `steps` is `epochs`, if given, until the data are counted."""
     others = "validate epochs seed folder mixed_precision num_workers keep_best progress callback log_with".split()
@@ -329,7 +338,7 @@ def read_training(settings: dict[str, Any], epochs: int | None) -> Training:
         check_number("epochs", epochs, 1)
     return read_settings(Training, settings | {"steps": steps if epochs is None else epochs})
 
-# %% ../nbs/repro/31_resume.ipynb #c042
+# %% ../nbs/repro/31_resume.ipynb #c044
 def check_functions(validate: Any, callback: Any, needed: bool) -> None:
     """Raise unless `validate` and `callback` are functions or None, and `validate` a function if `needed`."""
     if validate is None and needed:
@@ -348,7 +357,7 @@ def train(
     epochs: int | None = None,  # passes over the data, instead of `steps`
     seed: int = 0,
     folder: str | Path | None = None,  # of the state file; a run found there is continued
-    mixed_precision: str = "no",  # or "bf16", "fp16"
+    mixed_precision: str = "no",  # or "bf16", "fp16", "auto": bf16 where the device has instructions for it
     num_workers: int = 0,  # processes that read data, if data is a Dataset
     keep_best: bool = False,  # end with the weights of the best validation score
     progress: bool = True,  # show a bar
@@ -367,7 +376,7 @@ def train(
         if per_epoch is None:
             raise ValueError("data must have a known length if epochs is given. Give steps instead.")
         training = training.model_copy(update={"steps": math.ceil(epochs * per_epoch / training.accumulate)})
-    call = dict(seed=seed, mixed_precision=mixed_precision, keep_best=keep_best, processes=world)
+    call = dict(seed=seed, mixed_precision=accelerator.mixed_precision, keep_best=keep_best, processes=world)
     identity = {} if folder is None else fingerprint(model, strategy, training, batches_per_epoch=per_epoch, **call)
     with strategy.freeze(model):
         loop = Loop(model, strategy, accelerator, training.clip, seed)
@@ -378,7 +387,7 @@ def train(
             model.eval()
     return run.log
 
-# %% ../nbs/repro/31_resume.ipynb #c049
+# %% ../nbs/repro/31_resume.ipynb #c051
 def finetune(
     student: nn.Module,  # trained in place
     data: Any,  # training set for "supervised"; test measurements for the other two

@@ -27,7 +27,7 @@ from .basics import Batch, choose, content_key, device_of, seed_of
 from .config import Pixels, distinct, read_yaml
 from .data.photos import PhotoCrops, embedded_photos, find_photos, read_photo
 from .files import atomic_write, project_file, resolve
-from .finetuning import finetune
+from .finetuning import finetune, native_precision
 from .latency import measure_latency
 from .meta_pruning import CRITERIA, MetaPruning, count_uses, shrinkages
 from .meta_search import meta_prune
@@ -67,6 +67,7 @@ class FmpSettings(FrozenSettings):
     learning_rate: Positive = 2e-3
     search_learning_rate: Positive | None = None  # None: a quarter of `learning_rate`
     batch_size: Count = 8
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
     pair: tuple[Ratio, Ratio] = (0.2, 0.2)  # targets of Table 3 for channels and weights
     criteria: tuple[tuple[Criterion, Metric], ...] = PAIRS  # rows of Table 3
     targets: Annotated[tuple[Ratio, ...], AfterValidator(distinct)] = (0.4, 0.8)  # where methods are compared
@@ -188,7 +189,7 @@ def fmp_search(run: FmpRun, settings: FmpSettings, data: Any, folder: Path) -> n
     chosen |= {"steps": steps, "max_steps": settings.steps, "check_every": settings.check_every}
     chosen |= {"checkpoint_every": settings.checkpoint_every}
     rate = settings.search_learning_rate or settings.learning_rate / 4
-    chosen |= {"learning_rate": rate, "batch_size": settings.batch_size}
+    chosen |= {"learning_rate": rate, "batch_size": settings.batch_size, "mixed_precision": settings.mixed_precision}
     factor = {"channels": 0.0}.get(run.method, settings.weight_factor if run.criterion == "weight" else 1.0)
     channels = shrinkages(MetaPruning(**chosen))[0]
     chosen |= {"channel_shrinkage": channels, "weight_shrinkage": factor * channels, "seed": run.seed}
@@ -212,8 +213,8 @@ def fmp_train(run: FmpRun, settings: FmpSettings, folder: Path, teacher: Path | 
         network, steps = fmp_network(settings, run.seed), half
     if steps > 0:
         options: dict[str, Any] = dict(learning_rate=settings.learning_rate, batch_size=settings.batch_size, clip=1.0)
-        options |= dict(schedule="cosine", loss="l1", seed=run.seed, folder=folder / "training", progress=False)
-        finetune(network, data, strategy="supervised", steps=steps, **options)
+        options |= dict(schedule="cosine", loss="l1", seed=run.seed, mixed_precision=settings.mixed_precision)
+        finetune(network, data, "supervised", steps=steps, folder=folder / "training", progress=False, **options)
     return network
 
 # %% ../nbs/beyond/57_fmp_runs.ipynb #c020
@@ -258,7 +259,9 @@ def make_fmp_run(run: FmpRun, settings: FmpSettings, out: str | Path) -> dict[st
     began, states = time.perf_counter(), folder / f"states-{key}"
     network = fmp_train(run, settings, states, teacher)
     path = checkpoint.save(network, folder / "network", **asdict(run))
+    precision = native_precision() if settings.mixed_precision == "auto" else settings.mixed_precision
     record = asdict(run) | {"key": key, "steps": settings.steps, "seconds": time.perf_counter() - began}
+    record |= {"precision": {"no": "float32"}.get(precision, precision)}
     record |= {"removed": removed(network), **fmp_costs(network, settings), "scores": fmp_scores(network, settings)}
     write_record(folder / "result.json", record | {"provenance": provenance()}, [path])
     shutil.rmtree(states, ignore_errors=True)

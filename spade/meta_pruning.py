@@ -210,6 +210,7 @@ class MetaPruning(FrozenSettings):
     batch_size: Count = 8
     clip: Positive | None = 1.0  # largest l2 norm of the gradient
     loss: LossName = "l1"
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"  # as in `spade.finetuning.train`
     checkpoint_every: Count | None = None  # steps between two saved states; None: an epoch, at most 200
 
     def targets(self) -> tuple[float, float, float]:

@@ -64,11 +64,11 @@ def run_search(search: SearchNetwork, data: Any, folder: str | Path | None, prog
     most = settings.max_steps or 2 * settings.steps
     names = {"learning_rate", "clip", "batch_size", "checkpoint_every"}
     training = Training(steps=most, **settings.model_dump(include=names))
-    strategy, accelerator = make_strategy("supervised", loss=settings.loss), new_accelerator("no")
+    strategy, accelerator = make_strategy("supervised", loss=settings.loss), new_accelerator(settings.mixed_precision)
     data = as_loader(data, training.batch_size, seed, 0)
     per_epoch = batches_per_epoch(data, accelerator.num_processes)
-    call = dict(seed=seed, batches_per_epoch=per_epoch, processes=accelerator.num_processes)
-    identity = {} if folder is None else fingerprint(search, strategy, training, **call)
+    call = dict(seed=seed, mixed_precision=accelerator.mixed_precision, processes=accelerator.num_processes)
+    identity = {} if folder is None else fingerprint(search, strategy, training, batches_per_epoch=per_epoch, **call)
     loop = SearchLoop(search, strategy, accelerator, training.clip, seed)
     run = SearchRun(loop, training, identity, folder, keep_best=False)
     run.complete(data, per_epoch, None, progress)

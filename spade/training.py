@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Whole', 'Real', 'Count', 'Positive', 'Ratio', 'Kind', 'LossName', 'not_bool', 'FrozenSettings', 'setting_error',
-           'read_settings', 'Training', 'scheduled_rate', 'as_batch', 'named_tensors', 'as_loader', 'seeded_batches',
-           'epoch_batches', 'batch_stream', 'Loop']
+           'read_settings', 'Training', 'scheduled_rate', 'as_batch', 'named_tensors', 'as_loader', 'reseed',
+           'seeded_batches', 'epoch_batches', 'batch_stream', 'Loop']
 
 # %% ../nbs/08_finetuning.ipynb #c004
 import math
@@ -151,13 +151,18 @@ def as_loader(data: Any, batch_size: int = 1, seed: int = 0, num_workers: int = 
     return data
 
 # %% ../nbs/08_finetuning.ipynb #c030
+def reseed(seed: int) -> None:
+    """`torch.manual_seed`, which takes a millisecond for devices that are not there."""
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
+
+# %% ../nbs/08_finetuning.ipynb #c032
 def seeded_batches(data: Iterable, seed: int, epoch: int, numbers: Iterable[int]) -> Iterator:
     """The batches of `data`; torch is seeded by (seed, epoch, number) before each."""
-    torch.manual_seed(seed_of(seed, "epoch", epoch))
-    seeds = (torch.manual_seed(seed_of(seed, "batch", epoch, number)) for number in numbers)
+    reseed(seed_of(seed, "epoch", epoch))
+    seeds = (reseed(seed_of(seed, "batch", epoch, number)) for number in numbers)
     yield from (batch for _, batch in zip(seeds, data))
 
-# %% ../nbs/08_finetuning.ipynb #c033
+# %% ../nbs/08_finetuning.ipynb #c035
 def epoch_batches(data: Any, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator:
     """Batches of an epoch from number `start` on for process `rank` of `world`; (seed, epoch) orders."""
     sampler: Any = getattr(data, "batch_sampler", None)
@@ -172,7 +177,7 @@ def epoch_batches(data: Any, seed: int, epoch: int, start: int = 0, rank: int = 
     reader = DataLoader(data.dataset, batch_sampler=[order[number] for number in mine], **options)
     yield from seeded_batches(reader, seed, epoch, mine)
 
-# %% ../nbs/08_finetuning.ipynb #c037
+# %% ../nbs/08_finetuning.ipynb #c039
 def batch_stream(data: Any, first: int, per_epoch: int | None, seed: int, rank: int = 0, world: int = 1) -> Iterator:
     """Endless batches from number `first` on; `per_epoch` is None if the length is unknown."""
     epoch, start = divmod(first, per_epoch) if per_epoch else (0, 0)
@@ -186,7 +191,7 @@ def batch_stream(data: Any, first: int, per_epoch: int | None, seed: int, rank: 
             raise ValueError(f"data must yield batches each time they are read, got none in epoch {epoch + 1}.")
         epoch, start, unread = epoch + 1, 0, max(unread - number, 0)
 
-# %% ../nbs/08_finetuning.ipynb #c041
+# %% ../nbs/08_finetuning.ipynb #c043
 class Loop:
     """A model, its optimizer, and one update of it."""
 
@@ -233,7 +238,7 @@ class Loop:
         total = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(batches):
             seed = seed_of(self.seed, "step", step, number, self.accelerator.process_index)
-            torch.manual_seed(seed)  # of dropout
+            reseed(seed)  # of dropout
             generator = torch.Generator().manual_seed(seed)  # of the strategy
             with self.accelerator.autocast():
                 loss = self.strategy(self.model, move(batch, self.accelerator.device), generator)

@@ -219,17 +219,18 @@ def test_same_seed_same_result_and_another_seed_another():
     assert one.meta_report.history != other.meta_report.history
 
 
-def test_a_stopped_search_continues_bit_for_bit(tmp_path):
-    model, data = small_edsr(), photos()
-    whole = meta_prune(model, data, target=0.4, **QUICK)
+@pytest.mark.parametrize("precision", ("no", "bf16"))
+def test_a_stopped_search_continues_bit_for_bit(tmp_path, precision):
+    model, data, settings = small_edsr(), photos(), QUICK | dict(mixed_precision=precision)
+    whole = meta_prune(model, data, target=0.4, **settings)
     for most in (10, 21):
         with pytest.raises(RuntimeError, match=rf"the search ended after {most} steps at gamma_C = 0.\d+, gamma_W"):
-            meta_prune(model, data, target=0.4, folder=tmp_path, max_steps=most, **QUICK)
-    again = meta_prune(model, data, target=0.4, folder=tmp_path, **QUICK)
+            meta_prune(model, data, target=0.4, folder=tmp_path, max_steps=most, **settings)
+    again = meta_prune(model, data, target=0.4, folder=tmp_path, **settings)
     assert again.meta_report.history == whole.meta_report.history
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values()))
     with pytest.raises(ValueError, match="belongs to another run: network.target was 0.4 and is now 0.5"):
-        meta_prune(model, data, target=0.5, folder=tmp_path, **QUICK)
+        meta_prune(model, data, target=0.5, folder=tmp_path, **settings)
 
 
 def test_fine_tuning_keeps_the_zeros():

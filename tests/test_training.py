@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import spade.finetuning
 from spade.basics import own_randomness
-from spade.finetuning import finetune, train
+from spade.finetuning import finetune, native_precision, train
 from spade.losses import Strategy, l1, make_strategy, ssim_l1_loss
 from spade.models import DEQ, DivergenceError, E2EVarNet, VarNet
 from spade.operators import MultiCoilMRI, normalize_maps
@@ -117,6 +117,25 @@ def test_resumed_run_ends_with_the_same_weights_bit_by_bit(tmp_path, settings):
     fitted(5, folder=tmp_path / "b", **settings)
     assert torch.equal(fitted(8, folder=tmp_path / "b", **settings), undisturbed)
     assert torch.equal(fitted(8, **settings), undisturbed)  # with no folder at all
+
+
+@pytest.mark.parametrize("gpu", (None, True, False))
+@pytest.mark.parametrize("found, expected", (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx512_f", "no")))
+def test_auto_is_bfloat16_where_the_device_has_instructions_for_it(monkeypatch, gpu, found, expected):
+    """A GPU counts before the processor; `gpu`: whether it has them, None without one."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {found: True})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
+    assert native_precision() == (expected if gpu is None else "bf16" if gpu else "no")
+
+
+def test_auto_trains_as_the_precision_that_it_names(monkeypatch):
+    results = {name: fitted(3, mixed_precision=name) for name in ("no", "bf16")}
+    assert not torch.equal(*results.values())
+    for name, expected in results.items():
+        monkeypatch.setattr(spade.finetuning, "native_precision", lambda name=name: name)
+        assert torch.equal(fitted(3, mixed_precision="auto"), expected)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -600,7 +619,7 @@ def test_fewer_batches_than_processes(monkeypatch):
         (dict(steps=1, clip=math.nan), "clip must be a finite number, got nan"),
         (dict(steps=1, warmup=-1), "warmup must be greater than or equal to 0, got -1"),
         (dict(steps=1, batch_size=0), "batch_size must be greater than or equal to 1, got 0"),
-        (dict(steps=1, mixed_precision="fp8"), "unknown mixed_precision 'fp8': choose one of no, bf16, fp16"),
+        (dict(steps=1, mixed_precision="fp8"), "unknown mixed_precision 'fp8': choose one of no, bf16, fp16, auto"),
         (dict(steps=0), "^steps must be greater than or equal to 1, got 0.$"),
         (dict(steps=-1), "^steps must be greater than or equal to 1, got -1.$"),
         (dict(epochs=0), "^epochs must be a whole number of at least 1, got 0.$"),

@@ -16,21 +16,27 @@ if (HERE / "config" / "fmp" / f"{CONFIG.name}.yaml").is_file():
         labels = {name.split("_")[1].capitalize(): name.split("_")[2], "file": kind}
         return report(f"{OUT}/{name}.{kind}", caption="report/fmp.rst", category="Second paper", labels=labels)
 
-    rule fmp_run:
-        wildcard_constraints:
-            fmp="|".join(FMP_RUNS),
-        input:
-            teacher=lambda w: f"{OUT}/fmp/runs/{FMP_RUNS[w.fmp].teacher.name}/done" if FMP_RUNS[w.fmp].teacher else [],
-        output: touch(f"{OUT}/fmp/runs/{{fmp}}/done")
-        log: notebook=f"{OUT}/fmp/runs/{{fmp}}/run.ipynb"
-        params:
-            launcher=ON_GPU,
-            notebook="meta_prune",
-            parameters=lambda w: fmp_parameters(FMP_RUNS[w.fmp]),
-            key=content_key(FMP.model_dump(mode="json")),
-        threads: CONFIG.threads
-        resources: gpu=GPU
-        shell: CALL
+    # Runs that take longest start first, so that no core waits for one of them at the end.
+    FMP_LONGEST = {run.name for run in FMP_RUNS.values() if run.method not in ("unpruned", "l1") and not run.steps}
+    for FMP_RULE, FMP_NAMES in (("fmp_longest", FMP_LONGEST), ("fmp_run", set(FMP_RUNS) - FMP_LONGEST)):
+
+        rule:
+            name: FMP_RULE
+            priority: int(FMP_NAMES is FMP_LONGEST)
+            wildcard_constraints:
+                fmp="|".join(sorted(FMP_NAMES)) or "none",
+            input:
+                teacher=lambda w: f"{OUT}/fmp/runs/{FMP_RUNS[w.fmp].teacher.name}/done" if FMP_RUNS[w.fmp].teacher else [],
+            output: touch(f"{OUT}/fmp/runs/{{fmp}}/done")
+            log: notebook=f"{OUT}/fmp/runs/{{fmp}}/run.ipynb"
+            params:
+                launcher=ON_GPU,
+                notebook="meta_prune",
+                parameters=lambda w: fmp_parameters(FMP_RUNS[w.fmp]),
+                key=content_key(FMP.model_dump(mode="json")),
+            threads: CONFIG.threads
+            resources: gpu=GPU
+            shell: CALL
 
     # As for the first paper, the `.done` beside the notebook says that a table was made here: a clone has the tables.
     for FMP_NAME, FMP_KINDS in FMP_REPORTS.items():

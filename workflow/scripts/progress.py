@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-RUNS = ("pretrain", "finetune", "finetune_longest", "fmp_run")  # rules with a notebook per run
+RUNS = ("pretrain", "finetune", "finetune_longest", "fmp_run", "fmp_longest")  # rules with a notebook per run
 LATER = 3600  # seconds after which durations are given in hours
 
 

@@ -293,10 +293,10 @@ class TrainingRun:
 # %% ../nbs/repro/31_resume.ipynb #c033
 def native_precision() -> str:
     """ "bf16" if the GPU, or without one the processor, has instructions for bfloat16, else "no"."""
-    if torch.accelerator.is_available():
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
+    able: dict = getattr(torch.cpu, "get_capabilities", dict)()  # of recent versions of torch
+    processor = able.get("avx512_bf16") or able.get("amx_bf16")
+    native = torch.cuda.get_device_capability() >= (8, 0) if torch.cuda.is_available() else processor  # from Ampere on
+    return "bf16" if native else "no"
 
 # %% ../nbs/repro/31_resume.ipynb #c035
 def new_accelerator(mixed_precision: str, log_with: str | None = None, folder: str | Path | None = None) -> Accelerator:

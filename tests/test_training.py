@@ -119,15 +119,20 @@ def test_resumed_run_ends_with_the_same_weights_bit_by_bit(tmp_path, settings):
     assert torch.equal(fitted(8, **settings), undisturbed)  # with no folder at all
 
 
-@pytest.mark.parametrize("gpu", (None, True, False))
+@pytest.mark.parametrize("gpu, gives", ((None, None), ((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "no")))
 @pytest.mark.parametrize("found, expected", (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx512_f", "no")))
-def test_auto_is_bfloat16_where_the_device_has_instructions_for_it(monkeypatch, gpu, found, expected):
-    """A GPU counts before the processor; `gpu`: whether it has them, None without one."""
+def test_auto_is_bfloat16_where_the_device_has_instructions_for_it(monkeypatch, gpu, gives, found, expected):
+    """A GPU, of this compute capability, counts before the processor."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {found: True})
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
-    assert native_precision() == (expected if gpu is None else "bf16" if gpu else "no")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    assert native_precision() == (gives or expected)
+
+
+def test_auto_is_single_precision_with_a_torch_that_cannot_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert native_precision() == "no"
 
 
 def test_auto_trains_as_the_precision_that_it_names(monkeypatch):

@@ -292,7 +292,7 @@ class TrainingRun:
 
 # %% ../nbs/repro/31_resume.ipynb #c033
 def native_precision() -> str:
-    """ "bf16" if the GPU, or without one the processor, has instructions for bfloat16, else "no"."""
+    """Either "bf16", if the GPU, or without one the processor, has instructions for bfloat16, or "no"."""
     able: dict = getattr(torch.cpu, "get_capabilities", dict)()  # of recent versions of torch
     processor = able.get("avx512_bf16") or able.get("amx_bf16")
     native = torch.cuda.get_device_capability() >= (8, 0) if torch.cuda.is_available() else processor  # from Ampere on

@@ -307,9 +307,7 @@ def new_accelerator(mixed_precision: str, log_with: str | None = None, folder: s
     found = ", ".join(kind.value for kind in get_available_trackers()) or "none"
     if log_with is not None and (folder is None or log_with not in found.split(", ")):
         got = f"{log_with!r} and folder={folder!r}"
-        raise ValueError(
-            f"log_with must be an installed tracker, here {found}, with a folder for its files, got {got}."
-        )
+        raise ValueError(f"log_with must be an installed tracker, here {found}, with a folder for files, got {got}.")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision, log_with=log_with, project_dir=folder)

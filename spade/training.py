@@ -153,8 +153,7 @@ def as_loader(data: Any, batch_size: int = 1, seed: int = 0, num_workers: int = 
 # %% ../nbs/08_finetuning.ipynb #c030
 def reseed(seed: int) -> torch.Generator:
     """`torch.manual_seed`, which takes a millisecond for devices that are not there."""
-    devices = getattr(torch, "accelerator", torch.cuda)  # which torch 2.6 has
-    return torch.manual_seed(seed) if devices.is_available() else torch.default_generator.manual_seed(seed)
+    return (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
 
 # %% ../nbs/08_finetuning.ipynb #c032
 def seeded_batches(data: Iterable, seed: int, epoch: int, numbers: Iterable[int]) -> Iterator:

@@ -1271,7 +1271,7 @@ def test_a_tracker_that_is_not_there(tmp_path):
         ValueError, match=r"log_with must be an installed tracker, here .*, got 'tensorbord' and folder="
     ):
         fit(tiny(), 1, log_with="tensorbord", folder=tmp_path)
-    with pytest.raises(ValueError, match=r"with a folder for its files, got 'tensorboard' and folder=None"):
+    with pytest.raises(ValueError, match=r"with a folder for files, got 'tensorboard' and folder=None"):
         fit(tiny(), 1, log_with="tensorboard")
 
 

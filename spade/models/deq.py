@@ -354,7 +354,7 @@ class DEQ(nn.Module):
             warnings.warn(f"relative step of the DEQ must fall below {self.tolerance:g}, got {found}.", stacklevel=2)
         if not torch.is_grad_enabled():
             return answer
-        torch.clear_autocast_cache()  # of the search: older versions of torch would use its casts without their gradient
+        torch.clear_autocast_cache()  # of the search: older versions of torch would use its casts, without gradient
         self.last_point = x
         search = dict(memory=self.memory, max_iterations=self.backward_iterations, tolerance=self.backward_tolerance)
         return attach_gradient(lambda x: self.step(x, y, A), x, self.gradient, self.unrolled, **search)

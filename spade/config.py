@@ -171,7 +171,7 @@ class Config(FrozenSettings):
     compared_losses: dict[Literal["fidelity", "split"], tuple[Ratio, ...]] = {}  # ratios at R = 6 of runs beside eq. 9
     repair: Repair = Repair()
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"  # "auto": a GPU if there is one
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     threads: Threads = 1  # CPU threads of each run
 
     @model_validator(mode="after")

@@ -145,7 +145,7 @@ def test_an_unknown_configuration_names_the_known():
         ({"random_start": {"supervised": [0.10]}}, r"random_start.supervised must be a subset of ratios, \(0.4,\)"),
         ({"random_start": {"scool": [0.40]}}, "unknown strategy 'scool'"),
         ({"device": "tpu"}, "changed.yaml.device: .*pattern"),
-        ({"mixed_precision": "fp8"}, "changed.yaml.mixed_precision must be 'no', 'bf16', 'fp16' or 'auto', got 'fp8'"),
+        ({"mixed_precision": "fp8"}, "changed.yaml.mixed_precision must be 'no', 'bf16' or 'fp16', got 'fp8'"),
         ({"threads": None}, "changed.yaml.threads must be a valid integer, got None"),
     ],
 )

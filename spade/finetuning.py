@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from .basics import check_network, check_number, choose, content_key, own_randomness
 from .files import as_path, atomic_write
 from .losses import ALLOWED_SETTINGS, Strategy, call_network, default_loss, make_strategy
-from .training import Loop, Training, as_loader, batch_stream, read_settings, scheduled_rate
+from .training import Loop, Precision, Training, as_loader, batch_stream, read_settings, scheduled_rate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -301,7 +301,7 @@ def native_precision() -> str:
 # %% ../nbs/repro/31_resume.ipynb #c035
 def new_accelerator(mixed_precision: str, log_with: str | None = None, folder: str | Path | None = None) -> Accelerator:
     """An accelerator of precision "no", "bf16", "fp16" or "auto", whose trackers write to `folder`."""
-    choose("mixed_precision", mixed_precision, ("no", "bf16", "fp16", "auto"))
+    choose("mixed_precision", mixed_precision, get_args(Precision))
     mixed_precision = native_precision() if mixed_precision == "auto" else mixed_precision
     folder = None if folder is None else as_path("folder", folder)
     found = ", ".join(kind.value for kind in get_available_trackers()) or "none"

@@ -36,7 +36,7 @@ from .models.sr_peers import CARN, IMDN, LatticeNet
 from .operators import Bicubic
 from .pruning import count_macs, count_parameters, prune
 from .runs import provenance, read_record, write_csv, write_record
-from .training import Count, FrozenSettings, Positive, Ratio, Real, Whole, read_settings
+from .training import Count, FrozenSettings, Positive, Precision, Ratio, Real, Whole, read_settings
 from .y_channel import cubic_enlarged, evaluate_luminance, luminance_scores, reduced_batch
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class FmpSettings(FrozenSettings):
     learning_rate: Positive = 2e-3
     search_learning_rate: Positive | None = None  # None: a quarter of `learning_rate`
     batch_size: Count = 8
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
+    mixed_precision: Precision = "no"
     pair: tuple[Ratio, Ratio] = (0.2, 0.2)  # targets of Table 3 for channels and weights
     criteria: tuple[tuple[Criterion, Metric], ...] = PAIRS  # rows of Table 3
     targets: Annotated[tuple[Ratio, ...], AfterValidator(distinct)] = (0.4, 0.8)  # where methods are compared

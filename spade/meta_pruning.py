@@ -36,7 +36,7 @@ from spade.pruning import (
     layer_groups,
     list_priors,
 )
-from .training import Count, FrozenSettings, Loop, LossName, Positive, Real, not_bool
+from .training import Count, FrozenSettings, Loop, LossName, Positive, Precision, Real, not_bool
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -210,7 +210,7 @@ class MetaPruning(FrozenSettings):
     batch_size: Count = 8
     clip: Positive | None = 1.0  # largest l2 norm of the gradient
     loss: LossName = "l1"
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"  # as in `spade.finetuning.train`
+    mixed_precision: Precision = "no"  # as in `spade.finetuning.train`
     checkpoint_every: Count | None = None  # steps between two saved states; None: an epoch, at most 200
 
     def targets(self) -> tuple[float, float, float]:

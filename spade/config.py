@@ -180,6 +180,11 @@ class Config(FrozenSettings):
             section = "photos" if network in PHOTO_NETWORKS else "data"
             if getattr(self, section) is None:
                 raise ValueError(f"section {section} is missing, which networks.{network} needs.")
+            warm = settings.warm_start
+            trainings = [settings.pretraining, *settings.finetuning.values()]
+            trainings += [warm.training, *warm.finetuning.values()] if warm else []
+            if network != "deq" and any(training.contraction for training in trainings):
+                raise ValueError(f"contraction must be missing in networks.{network}: only DEQ has one.")
             if settings.warm_start is not None and section == "photos":
                 raise ValueError(f"networks.{network}.warm_start must be missing in super-resolution.")
             for strategy in settings.warm_start.finetuning if settings.warm_start else ():

@@ -87,6 +87,7 @@ class Training(FrozenSettings):
     accumulate: Count = 1  # batches per update
     loss: LossName | None = None  # distance of eqs. 7 and 8, one of `LOSSES`; None: that of the network
     rows: Annotated[Whole, Field(ge=16)] | None = None  # image rows that a step sees, drawn anew; None: all
+    contraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # c of a DEQ in this training; None: its own
     checkpoint_every: Count | None = None  # updates between two saved states; None: an epoch, at most 200
     validate_every: Count | None = None  # updates between two validation scores; None: a tenth of `steps`
     patience: Count | None = None  # validations without a better score that end the training
@@ -100,7 +101,7 @@ class Training(FrozenSettings):
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `spade.finetuning.train`. Loss and rows belong to the strategy."""
-        return self.model_dump(exclude={"loss", "rows", "steps_at", "learning_rate_at"})
+        return self.model_dump(exclude={"loss", "rows", "contraction", "steps_at", "learning_rate_at"})
 
 # %% ../nbs/08_finetuning.ipynb #c018
 def scheduled_rate(step: int, training: Training) -> float:

@@ -139,6 +139,10 @@ def test_an_unknown_configuration_names_the_known():
             "unknown strategy of networks.varnet.warm_start.finetuning 'school'",
         ),
         (
+            {"networks": {"varnet": {"warm_start": {**WARM, "training": {"steps": 1, "contraction": 0.9}}}}},
+            "contraction must be missing in networks.varnet: only DEQ has one",
+        ),
+        (
             {"networks": {"usrnet": {"warm_start": WARM}}},
             "networks.usrnet.warm_start must be missing in super-resolution",
         ),
@@ -389,9 +393,8 @@ def test_what_is_passed_on_whole_is_what_the_loop_and_the_strategy_take():
     from spade.data.fastmri import MultiCoilSlices
     from spade.losses import ALLOWED_SETTINGS
 
-    assert set(Training(steps=1).arguments()) | {"loss", "rows", "steps_at", "learning_rate_at"} == set(
-        Training.model_fields
-    )
+    apart = {"loss", "rows", "contraction", "steps_at", "learning_rate_at"}
+    assert set(Training(steps=1).arguments()) | apart == set(Training.model_fields)
     Training(**Training(steps=1).arguments())
     assert set(Equivariance.model_fields) <= set(ALLOWED_SETTINGS["self-supervised"])
     assert set(Sampling.model_fields) <= set(inspect.signature(MultiCoilSlices).parameters)

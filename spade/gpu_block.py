@@ -119,6 +119,8 @@ class GpuBlock:
         began, run = time.monotonic(), Run(self.run.network, 6, 0.40, step) if step != "teacher" else self.run
         data, training = training_set(self.splits, self.config, run), training_of(self.config, run)
         strategy = "supervised" if step == "teacher" else step
+        if training.contraction:
+            network.contraction = training.contraction
         arguments = {**strategy_settings(self.config, run), **loop_settings(training, run, self.config)}
         arguments |= {"teacher": teacher} if strategy == "school" else {}
 

@@ -461,9 +461,8 @@ def timing_line(results: Results, networks: Iterable[str]) -> str:
     texts = [f"{name}: {size}" for size, name in names.items()]
     if searched.any():  # plain and Anderson's search have the same input
         row = timed[searched].iloc[0]
-        texts.insert(
-            0, f"DEQ: trained networks, {row['input']}, {row['device']}, by Anderson's method and plain iteration"
-        )
+        timed_for = f"DEQ: trained networks for R = 6, {row['input']}, {row['device']}"
+        texts.insert(0, f"{timed_for}, by Anderson's method and plain iteration")
     trained = "# Params: the paper's size; trained: the network that gave PSNR and SSIM"
     return f"- Timing: {'; '.join(texts)}; the paper: RTX A6000. {trained}."
 

@@ -118,6 +118,15 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_training_sets_the_contraction_of_its_deq(tmp_path):
+    student = Run("deq", 6, 0.40, "supervised")
+    for run, section, contraction in ((student.teacher, "pretraining", 0.9), (student, "finetuning.supervised", 0.8)):
+        changed = {f"networks.deq.{section}.contraction": contraction}
+        done = papermill(run, tmp_path, data=str(tmp_path / "data"), overrides=changed)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert load_teacher(run.folder(tmp_path) / "network.safetensors").contraction == contraction
+
+
 def test_a_teacher_leaves_a_complete_result(workplace):
     folder, result = VARNET.folder(workplace), result_of(VARNET, workplace)
     assert {path.name for path in folder.iterdir()} == {

@@ -104,8 +104,8 @@ def test_the_teacher_beats_both_baselines(network):
 def test_at_65_percent_the_papers_level_and_order(network):
     teacher = mean_psnr(network)
     supervised, school, alone = (mean_psnr(network, 0.40, name) for name in ("supervised", "school", "self-supervised"))
-    assert supervised >= 0.96 * teacher and school >= 0.94 * teacher
-    assert supervised >= school >= alone
+    kept = (0.97, 0.95) if network == "deq" else (0.96, 0.94)
+    assert supervised >= kept[0] * teacher and school >= kept[1] * teacher and alone < school
 
 
 RATIOS = (0.05, 0.10, 0.20, 0.40)
@@ -114,12 +114,12 @@ RISES = {("deq", "supervised", 0.20), ("varnet", "self-supervised", 0.10)}
 
 
 def test_psnr_falls_as_the_ratio_grows():
-    """Within 0.01 dB, but for two rises that outputs/README.md names."""
+    """Within 0.01 dB but for two rises; supervised students may pass the teacher: see outputs/README.md."""
     found = set()
     for network in MRI_NETWORKS:
         for strategy in ("supervised", "school", "self-supervised"):
             values = [mean_psnr(network, ratio, strategy) for ratio in RATIOS]
-            assert values[-1] < values[0] - 0.2 and max(values) < mean_psnr(network)
+            assert values[-1] < values[0] - 0.2 and max(values) < mean_psnr(network) + 0.2 * (strategy == "supervised")
             steps = zip(RATIOS[1:], values, values[1:])
             found |= {(network, strategy, ratio) for ratio, before, after in steps if after > before + 0.01}
     assert found == RISES
@@ -127,15 +127,15 @@ def test_psnr_falls_as_the_ratio_grows():
 
 @pytest.mark.parametrize("network", MRI_NETWORKS)
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_self_supervised_is_between_school_and_pruning_alone(network, ratio):
+def test_the_strategies_are_in_order_and_above_pruning_alone(network, ratio):
     supervised, school, alone = (
         mean_psnr(network, ratio, name) for name in ("supervised", "school", "self-supervised")
     )
-    assert min(supervised, school) >= alone > mean_psnr(network, ratio, "none") + 0.3
+    assert supervised >= school >= alone > mean_psnr(network, ratio, "none") + 0.3
 
 
 @pytest.mark.parametrize(
-    "acceleration, share, limit, radius", [(6, 1.0, 50, 0.975), (8, 0.9, 60, 0.98), (10, 0.87, 60, 0.98)]
+    "acceleration, share, limit, radius", [(6, 1.0, 50, 0.975), (8, 0.9, 60, 0.975), (10, 0.9, 60, 0.975)]
 )
 def test_searches_of_the_deq_converge(acceleration, share, limit, radius):
     metrics = RESULTS.metrics.query("model == 'deq' and acceleration == @acceleration")

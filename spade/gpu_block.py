@@ -120,7 +120,7 @@ class GpuBlock:
         data, training = training_set(self.splits, self.config, run), training_of(self.config, run)
         strategy = "supervised" if step == "teacher" else step
         if training.contraction:
-            network.contraction = training.contraction
+            vars(network)["contraction"] = training.contraction
         arguments = {**strategy_settings(self.config, run), **loop_settings(training, run, self.config)}
         arguments |= {"teacher": teacher} if strategy == "school" else {}
 

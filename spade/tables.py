@@ -496,9 +496,8 @@ def beyond_line(results: Results, networks: Iterable[str]) -> str:
     metrics = results.metrics[results.metrics["model"].str.split(",").str[0].isin(names)]
     texts += [text for strategy, text in STAGES.items() if strategy in set(metrics["strategy"])]
     texts += [CONVERGED] if "converged" in set(metrics["metric"]) else []
-    texts += [
-        f"loss={loss}: {text}, in place of eq. 9" for loss, text in LOSSES.items() if loss in set(results.runs["loss"])
-    ]
+    losses = set(results.runs[results.runs["network"].isin(names)]["loss"])
+    texts += [f"loss={loss}: {text}, in place of eq. 9" for loss, text in LOSSES.items() if loss in losses]
     return f"- Beyond the paper: {'; '.join(texts) or 'nothing'}."
 
 

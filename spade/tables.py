@@ -476,7 +476,7 @@ CONVERGED: str = "converged: share of the test slices at which the searches of a
 LOSSES: dict[str, str] = {"fidelity": "data fidelity alone", "split": "lines of k-space are held out and compared"}
 
 
-def beyond_line(results: Results, networks: Iterable[str]) -> str:
+def beyond_line(results: Results, networks: Iterable[str], acceleration: int = 0) -> str:
     """Caption line on what the results of these networks have that the paper's do not."""
     names, config = [name for name in networks if name in results.config.get("networks", ())], results.config
     settings = {name: config["networks"][name] for name in names}
@@ -496,7 +496,8 @@ def beyond_line(results: Results, networks: Iterable[str]) -> str:
     metrics = results.metrics[results.metrics["model"].str.split(",").str[0].isin(names)]
     texts += [text for strategy, text in STAGES.items() if strategy in set(metrics["strategy"])]
     texts += [CONVERGED] if "converged" in set(metrics["metric"]) else []
-    losses = set(results.runs[results.runs["network"].isin(names)]["loss"])
+    runs = results.runs[results.runs["network"].isin(names)]
+    losses = set(runs[runs["acceleration"] == acceleration]["loss"])
     texts += [f"loss={loss}: {text}, in place of eq. 9" for loss, text in LOSSES.items() if loss in losses]
     return f"- Beyond the paper: {'; '.join(texts) or 'nothing'}."
 
@@ -506,7 +507,9 @@ def caption_1(results: Results, networks: Iterable[str], acceleration: int) -> s
     networks, area = list(networks), "of magnitudes, whole image, data range: maximum of each ground-truth slice"
     metric = f"- Metric: PSNR (dB) and SSIM (%) {area}; mean over slices."
     lines = [*data_lines(results, networks, acceleration), metric, timing_line(results, networks)]
-    return "\n".join([*lines, beyond_line(results, networks), "- Paper: fastMRI, longer training.", SIGNS])
+    return "\n".join(
+        [*lines, beyond_line(results, networks, acceleration), "- Paper: fastMRI, longer training.", SIGNS]
+    )
 
 
 def caption_3(results: Results, networks: Iterable[str]) -> str:

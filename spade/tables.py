@@ -496,9 +496,8 @@ def beyond_line(results: Results, networks: Iterable[str], acceleration: int = 0
     metrics = results.metrics[results.metrics["model"].str.split(",").str[0].isin(names)]
     texts += [text for strategy, text in STAGES.items() if strategy in set(metrics["strategy"])]
     texts += [CONVERGED] if "converged" in set(metrics["metric"]) else []
-    runs = results.runs[results.runs["network"].isin(names)]
-    losses = set(runs[runs["acceleration"] == acceleration]["loss"])
-    texts += [f"loss={loss}: {text}, in place of eq. 9" for loss, text in LOSSES.items() if loss in losses]
+    runs = results.runs[results.runs["network"].isin(names) & (results.runs["acceleration"] == acceleration)]
+    texts += [f"loss={loss}: {text}, in place of eq. 9" for loss, text in LOSSES.items() if loss in set(runs["loss"])]
     return f"- Beyond the paper: {'; '.join(texts) or 'nothing'}."
 
 

@@ -100,7 +100,7 @@ class Training(FrozenSettings):
         return self.model_copy(update=dict(steps=steps, learning_rate=rate, steps_at={}, learning_rate_at={}))
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `spade.finetuning.train`. Loss and rows belong to the strategy."""
+        """The keyword arguments of `spade.finetuning.train`. Loss and rows are the strategy's."""
         return self.model_dump(exclude={"loss", "rows", "contraction", "steps_at", "learning_rate_at"})
 
 # %% ../nbs/08_finetuning.ipynb #c018

@@ -211,6 +211,12 @@ class MultiCoilMRI(LinearOperator):
         self.check("k-space", y, self.maps.shape[1])
         return self.reduce(ifft2c(self.mask * y))
 
+    def normal(self, x: Tensor) -> Tensor:
+        """$A^HAx$: image to image, `(B, 1, H, W)`, by transforms along the axes on which the mask varies."""
+        axes = (-1,) if self.mask.shape[-2] == 1 else (-2, -1)
+        spectrum = torch.fft.fftn(self.expand(x), dim=axes)
+        return self.reduce(torch.fft.ifftn(torch.fft.ifftshift(self.mask, dim=axes) * spectrum, dim=axes))
+
     @property
     def sampling_rate(self) -> float:
         """The fraction of k-space that was measured, ACS lines included."""

@@ -125,7 +125,7 @@ def test_gradient_is_the_adjoint(case):
 def test_norm_and_normal(case):
     A, x, _ = case()
     assert operator_norm(A, x) <= 1 + 1e-10
-    assert torch.equal(A.normal(x), A.adjoint(A(x)))
+    torch.testing.assert_close(A.normal(x), A.adjoint(A(x)), rtol=1e-10, atol=1e-12)
 
 
 def test_the_properties_notice_a_wrong_adjoint():

@@ -319,30 +319,36 @@ class DEQ(nn.Module):
         """γ = 2σ(`gamma`), in (0, 2)."""
         return 2 * self.gamma.sigmoid()
 
+    def iteration(self, y: Tensor, A: LinearOperator) -> Callable[[Tensor], Tensor]:
+        """T of eq. 3 with the weight α, on the support of the maps: image to image, complex (B, 1, H, W)."""
+        zero_filled, support = A.adjoint(y), getattr(A, "support", 1) if self.project else 1
+
+        def step(x: Tensor) -> Tensor:
+            z = x - self.step_size * (A.normal(x) - zero_filled)
+            denoised = channels_to_complex(self.denoiser(complex_to_channels(z)))
+            return (self.prior_weight * denoised + (1 - self.prior_weight) * z) * support
+
+        return step
+
     def step(self, x: Tensor, y: Tensor, A: LinearOperator) -> Tensor:
-        """T of the image `x`, complex (B, 1, H, W): eq. 3 with the weight α, on the support of the maps."""
-        z = x - self.step_size * A.adjoint(A(x) - y)
-        denoised = channels_to_complex(self.denoiser(complex_to_channels(z)))
-        image = self.prior_weight * denoised + (1 - self.prior_weight) * z
-        support: Any = getattr(A, "support", 1) if self.project else 1
-        return image * support
+        """T of the image `x`, complex (B, 1, H, W)."""
+        return self.iteration(y, A)(x)
 
     @torch.no_grad()
     def search(
         self, y: Tensor, A: LinearOperator, keep_images: bool = False, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Trace]:
         """Last iterate x, T(x), record of the search, without gradients; starts zero-filled by default."""
-        check_operator(A, "adjoint")
+        check_operator(A, "adjoint", "normal")
         check_precision(self, y, A)
-        zero_filled = A.adjoint(y)
+        zero_filled, step = A.adjoint(y), self.iteration(y, A)
         check_values(y, A)
         start = zero_filled if start is None else start.expand_as(zero_filled)
         limit = self.train_iterations if self.training and self.train_iterations is not None else self.max_iterations
-        settings: dict[str, Any] = {"memory": 1 if self.solver == "plain" else self.memory, "keep_images": keep_images}
-        settings |= {"safeguard": 2.0} if self.solver == "safeguarded" else {}
-        step, must_progress = lambda x: self.step(x, y, A), not self.training
+        memory, factor = 1 if self.solver == "plain" else self.memory, 2.0 if self.solver == "safeguarded" else math.inf
+        settings: dict[str, Any] = {"must_progress": not self.training, "keep_images": keep_images, "safeguard": factor}
         with tensor_float_32(False):
-            found = fixed_point(step, start, settings.pop("memory"), limit, self.tolerance, must_progress, **settings)
+            found = fixed_point(step, start, memory, limit, self.tolerance, **settings)
         self.last_trace, self.last_iterations = replace(found[2], images=[]), found[2].iterations
         return found
 
@@ -357,7 +363,7 @@ class DEQ(nn.Module):
         torch.clear_autocast_cache()  # of the search: older versions of torch would use its casts, without gradient
         self.last_point = x
         search = dict(memory=self.memory, max_iterations=self.backward_iterations, tolerance=self.backward_tolerance)
-        return attach_gradient(lambda x: self.step(x, y, A), x, self.gradient, self.unrolled, **search)
+        return attach_gradient(self.iteration(y, A), x, self.gradient, self.unrolled, **search)
 
     def solve(
         self, y: Tensor, A: LinearOperator, record: bool = True, start: Tensor | None = None
@@ -379,7 +385,7 @@ class DEQ(nn.Module):
         self, x_hat: Tensor, y: Tensor, A: LinearOperator, target: Tensor | None, loss: Callable, generator: Any = None
     ) -> Tensor:
         """Both terms for training at the answer `x_hat` of the last search; the first without a `target`."""
-        step, total = lambda x: self.step(x, y, A), x_hat.real.new_zeros(())
+        step, total = self.iteration(y, A), x_hat.real.new_zeros(())
         if self.contraction is not None:
             answer = x_hat if self.gradient == "jacobian-free" else step(self.last_point)
             total = (contraction_rate(step, self.last_point, answer) - self.contraction).clamp_min(0).square().mean()
@@ -389,7 +395,7 @@ class DEQ(nn.Module):
 
     def radius(self, y: Tensor, A: LinearOperator, x: Tensor) -> float:
         """The spectral radius of T at the reconstruction `x`, (1, 1, H, W); below 1 where T contracts."""
-        return spectral_radius(lambda image: self.step(image, y, A), x)
+        return spectral_radius(self.iteration(y, A), x)
 
     def priors(self) -> Iterator[tuple[nn.Module, Tensor, list[nn.Module]]]:
         """The EDSR with an example input; the two output channels keep their width."""

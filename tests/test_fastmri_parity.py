@@ -75,19 +75,24 @@ def test_same_kspace_and_maps(size, coils, scale):
         assert relative_error(ours.effective_operator(y, A).maps, expected_maps) < 1e-5
 
 
+@pytest.mark.parametrize("size", [(48, 36), (47, 35)])
 @pytest.mark.parametrize("num_cascades", [8, 12])
-def test_published_depths(num_cascades):
+def test_published_depths(num_cascades, size):
     torch.manual_seed(1)
     peer = reference.VarNet(num_cascades=num_cascades, sens_chans=2, sens_pools=4, chans=2, pools=4).eval()
-    y, mask = measurement(1, 4, 47, 35, 1.0, seed=2)
+    y, mask = measurement(1, 4, *size, 1.0, seed=2)
     ours = E2EVarNet.from_fastmri(peer.state_dict())
     A = MultiCoilMRI(mask, any_maps(y))
     with torch.no_grad():
         expected, _ = reference_kspace(peer, y, mask)
-    assert len(ours.cascades) == num_cascades and relative_error(ours.predict_kspace(y, A), expected) < 1e-7
-    with torch.no_grad():  # other layout, other rounding: no further from the exact result than fastMRI is
+    found = ours.predict_kspace(y, A)
+    assert len(ours.cascades) == num_cascades and relative_error(found, expected) < (1e-5 if size[1] % 2 else 1e-7)
+    with (
+        torch.no_grad()
+    ):  # odd sizes and another layout round differently: no further from the exact result than fastMRI
         fast, exact = ours.predict_kspace(y, A), reference_kspace(peer.double(), y.to(torch.complex128), mask)[0]
-        assert relative_error(fast, exact) < 2 * relative_error(expected, exact) < 1e-4
+        for image in (found, fast):
+            assert relative_error(image, exact) < 2 * relative_error(expected, exact) < 1e-4
         twin = ours.double().predict_kspace(y.to(torch.complex128), MultiCoilMRI(mask, A.maps.to(torch.complex128)))
     assert relative_error(twin, exact) < 1e-11
 

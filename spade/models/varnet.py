@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['Network', 'InstanceNorm', 'ConvBlock', 'TransposeConvBlock', 'match_size', 'Unet', 'normalize', 'NormUnet',
-           'unet_prior', 'multiply', 'sens_expand', 'sens_reduce', 'VarNetBlock', 'symmetric_centre', 'align_maps',
-           'VarNet', 'SensitivityModel', 'E2EVarNet', 'check_weights', 'read_weights', 'load_checked', 'fastmri_sizes',
-           'load_fastmri']
+           'unet_prior', 'VarNetBlock', 'symmetric_centre', 'align_maps', 'VarNet', 'SensitivityModel', 'E2EVarNet',
+           'check_weights', 'read_weights', 'load_checked', 'fastmri_sizes', 'load_fastmri']
 
 # %% ../../nbs/models/05_varnet.ipynb #c003
 import hashlib
@@ -125,21 +124,6 @@ def unet_prior(unet: Unet) -> tuple[nn.Module, Tensor, list[nn.Module]]:
     first, size = next(unet.parameters()), 2 ** (len(unet.down_sample_layers) + 1)
     return unet, first.new_zeros(1, first.shape[1], size, size), [list(unet.up_conv[-1].children())[-1]]
 
-# %% ../../nbs/models/05_varnet.ipynb #c031
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """The complex product, rounded the same for every shape and memory layout."""
-    return torch.complex(a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real)
-
-
-def sens_expand(image: Tensor, maps: Tensor) -> Tensor:
-    """k-space of each coil, complex (B, coils, H, W), from the image (B, 1, H, W)."""
-    return fft2c(multiply(image, maps))
-
-
-def sens_reduce(kspace: Tensor, maps: Tensor) -> Tensor:
-    """The coil-combined image (B, 1, H, W) of k-space (B, coils, H, W); the adjoint of `sens_expand`."""
-    return multiply(ifft2c(kspace), maps.conj().resolve_conj()).sum(dim=1, keepdim=True)
-
 # %% ../../nbs/models/05_varnet.ipynb #c035
 class VarNetBlock(nn.Module):
     """One cascade: soft data consistency and a CNN correction, both from the same estimate."""
@@ -152,7 +136,7 @@ class VarNetBlock(nn.Module):
     def forward(self, kspace: Tensor, y: Tensor, A: MultiCoilMRI) -> Tensor:
         """The next estimate of k-space, complex (B, coils, H, W), from the current one and the measurement."""
         soft_dc = self.dc_weight * A.mask * (kspace - y)
-        correction = sens_expand(self.model(sens_reduce(kspace, A.maps)), A.maps)
+        correction = fft2c(A.expand(self.model(A.reduce(ifft2c(kspace)))))
         return kspace - soft_dc - correction
 
 # %% ../../nbs/models/05_varnet.ipynb #c039
@@ -168,8 +152,8 @@ def symmetric_centre(mask: Tensor) -> Tensor:  # bool, (B, 1, 1, W) or (B, 1, H,
 # %% ../../nbs/models/05_varnet.ipynb #c042
 def align_maps(y: Tensor, A: MultiCoilMRI) -> MultiCoilMRI:
     """`A` with maps of the phase for which the image of the ACS lines of `y` is real and positive."""
-    image = sens_reduce(symmetric_centre(A.mask) * A.mask * y, A.maps)
-    return A.with_maps(multiply(A.maps, torch.where(image == 0, 1, image.sgn())))
+    image = A.reduce(ifft2c(symmetric_centre(A.mask) * A.mask * y))
+    return A.with_maps(A.maps * torch.where(image == 0, 1, image.sgn()))
 
 # %% ../../nbs/models/05_varnet.ipynb #c045
 class VarNet(nn.Module):

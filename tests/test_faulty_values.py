@@ -243,7 +243,7 @@ def test_operators_take_arrays():
 @pytest.mark.parametrize("wrong", (None, "A", 3, torch.zeros(2, 3, 16, 16), nn.Identity()))
 def test_what_is_no_operator_is_refused(wrong):
     for network, sentence in {
-        "deq": "A must be an operator with adjoint, as MultiCoilMRI has, got ",
+        "deq": "A must be an operator with adjoint and normal, as MultiCoilMRI has, got ",
         "varnet": "A must be an operator with mask and maps, as MultiCoilMRI has, got ",
         "e2e-varnet": "A must be an operator with mask and maps, as MultiCoilMRI has, got ",
         "usrnet": "A must have a scale and an exact data step, as BlurDownsample has, got ",

@@ -38,8 +38,11 @@ def patches(layer: Any, x: Tensor, pixels: Tensor) -> Tensor:
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    columns = F.unfold(x, kernel, dilation, stride=stride)[:, :, pixels]
-    return columns.double().unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    width = (x.shape[-1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1  # of the output
+    corners = zip((pixels // width, pixels % width), stride, dilation, kernel)
+    rows, columns = (corner[:, None] * s + d * torch.arange(k).to(pixels) for corner, s, d, k in corners)
+    found = x[:, :, rows[:, :, None], columns[:, None]].double()  # (B, C, pixels, height and width of the kernel)
+    return found.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2)
 
 # %% ../nbs/beyond/44_repair.ipynb #c008
 def weight_matrix(layer: Any) -> Tensor:
@@ -65,9 +68,8 @@ def write_matrix(layer: Any, matrix: Tensor) -> None:
 def kept_outputs(layer: Any, original: Any) -> list[int]:
     """The teacher's output channel of each of the student's; raises `ValueError` if weights were changed."""
     transposed = isinstance(layer, nn.ConvTranspose2d)
-    ours, theirs = (
-        (m.weight.transpose(0, 1) if transposed else m.weight).detach().flatten(2) for m in (layer, original)
-    )
+    rows = lambda m: (m.weight.transpose(0, 1) if transposed else m.weight).detach().flatten(2)
+    ours, theirs = rows(layer), rows(original)
     found: list[int] = []
     for row in ours:
         same = (theirs == row[0]).all(2).any(1).nonzero()[:, 0].tolist()
@@ -179,13 +181,11 @@ def repair_cnn(
     names, originals, found = {m: key for key, m in cnn.named_modules()}, dict(original.named_modules()), []
     for layer, often in execution_order(cnn, ours[0]).items():
         label, source = f"{name}.{names[layer]}".strip("."), originals[names[layer]]
-        pairs = (
-            (x, target)
+        both = (
+            (layer_calls(cnn, layer, own, often), layer_calls(original, source, other, often))
             for own, other in zip(ours, theirs)
-            for (x, _), (_, target) in zip(
-                layer_calls(cnn, layer, own, often), layer_calls(original, source, other, often)
-            )
         )
+        pairs = ((x, target) for mine, other in both for (x, _), (_, target) in zip(mine, other))
         try:
             found.append(refit(label, (layer, source), pairs, ridge, number))
         except ValueError as error:

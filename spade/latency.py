@@ -138,7 +138,9 @@ def measure_latency(
 
 # %% ../nbs/12_latency.ipynb #c046
 def one_iteration(model: nn.Module) -> Callable[[Tensor, LinearOperator], Tensor]:
-    """One application of a DEQ's $T$ to the zero-filled image, as a callable `(y, A)`; else `TypeError`."""
+    """One application of a DEQ's $T$ to the zero-filled image, as a callable `(y, A)`; else `TypeError`.
+
+    It includes $A^Hy$ and the support of the maps, which a search computes once."""
     step = getattr(model, "step", None)
     if not callable(step):
         raise TypeError(f"model must be a fixed-point network with step(x, y, A), got {type(model).__name__}.")

@@ -124,6 +124,7 @@ def zero_filled(y: Tensor, A: LinearOperator) -> Tensor:
 # %% ../nbs/09_metrics.ipynb #c041
 def cg_iterates(y: Tensor, A: LinearOperator, regularization: float) -> Iterator[Tensor]:
     """The iterates of conjugate gradients on $(A^HA + λI)x = A^Hy$, from zero, without end."""
+    check_operator(A, "adjoint", "normal")
     dot = lambda a, b: inner(a, b).real.reshape(-1, 1, 1, 1)
     ratio = lambda a, b: torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)  # 0: that image is solved already
     r = zero_filled(y, A)

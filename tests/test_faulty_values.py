@@ -250,8 +250,8 @@ def test_what_is_no_operator_is_refused(wrong):
     }.items():
         batch = problem(network)._replace(A=wrong)
         refuse(NETWORKS[network](), batch, TypeError, sentence + type(wrong).__name__, "model", "evaluate")
-    for baseline in (zero_filled, cg_sense):
-        with pytest.raises(TypeError, match="A must be an operator with adjoint"):
+    for baseline, needed in ((zero_filled, "adjoint"), (cg_sense, "adjoint and normal")):
+        with pytest.raises(TypeError, match=f"A must be an operator with {needed}, as MultiCoilMRI has, got "):
             baseline(problem("varnet").y, wrong)
 
 

@@ -1,6 +1,7 @@
 """What the committed demo results must show; the claims of README.md rest on them."""
 
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -109,29 +110,31 @@ def test_at_65_percent_the_papers_level_and_order(network):
 
 
 RATIOS = (0.05, 0.10, 0.20, 0.40)
-# Students at a larger ratio take more steps at a larger rate: two of them are better than those of the ratio before.
-RISES = {("deq", "supervised", 0.20), ("varnet", "self-supervised", 0.10)}
+ACCELERATIONS = (6, 8, 10)
+# Students at a larger ratio take more steps at a larger rate: one of them is better than that of the ratio before.
+RISES = {("varnet", 8, "self-supervised", 0.10)}
 
 
 def test_psnr_falls_as_the_ratio_grows():
-    """Within 0.01 dB but for two rises; supervised students may pass the teacher: see outputs/README.md."""
+    """Within 0.01 dB but for one rise. Supervised students alone may pass the teacher: see outputs/README.md."""
     found = set()
-    for network in MRI_NETWORKS:
+    for network, acceleration in product(MRI_NETWORKS, ACCELERATIONS):
+        teacher = mean_psnr(network, acceleration=acceleration)
         for strategy in ("supervised", "school", "self-supervised"):
-            values = [mean_psnr(network, ratio, strategy) for ratio in RATIOS]
-            assert values[-1] < values[0] - 0.2 and max(values) < mean_psnr(network) + 0.2 * (strategy == "supervised")
+            values = [mean_psnr(network, ratio, strategy, acceleration=acceleration) for ratio in RATIOS]
+            assert values[-1] < min(values[0] - 0.2, teacher) and (max(values) < teacher or strategy == "supervised")
             steps = zip(RATIOS[1:], values, values[1:])
-            found |= {(network, strategy, ratio) for ratio, before, after in steps if after > before + 0.01}
+            found |= {(network, acceleration, strategy, ratio) for ratio, a, b in steps if b > a + 0.01}
     assert found == RISES
 
 
 @pytest.mark.parametrize("network", MRI_NETWORKS)
+@pytest.mark.parametrize("acceleration", ACCELERATIONS)
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_the_strategies_are_in_order_and_above_pruning_alone(network, ratio):
-    supervised, school, alone = (
-        mean_psnr(network, ratio, name) for name in ("supervised", "school", "self-supervised")
-    )
-    assert supervised >= school >= alone > mean_psnr(network, ratio, "none") + 0.3
+def test_the_strategies_are_in_order_and_above_pruning_alone(network, acceleration, ratio):
+    strategies = ("supervised", "school", "self-supervised", "none")
+    values = [mean_psnr(network, ratio, name, acceleration=acceleration) for name in strategies]
+    assert values == sorted(values, reverse=True) and values[2] > values[3] + 0.3
 
 
 @pytest.mark.parametrize(
